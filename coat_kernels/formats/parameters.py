@@ -1,0 +1,53 @@
+"""How an updated float32 parameter is stored in its own dtype: README.md, "Stochastic rounding" and "24-bit parameters"."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .random import uniform16
+
+PARAM_ROUNDINGS = ("nearest", "stochastic", "split")
+PARAM_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+#: Mantissa bits and smallest normal exponent.
+_GRID = {torch.bfloat16: (7, -126), torch.float16: (10, -14)}
+
+
+def check_param_rounding(param_rounding: str) -> str:
+    if param_rounding not in PARAM_ROUNDINGS:
+        raise ValueError(f"unknown param_rounding {param_rounding!r}; choose one of {', '.join(map(repr, PARAM_ROUNDINGS))}")
+    return param_rounding
+
+
+def round_stochastic(x: Tensor, dtype: torch.dtype, key: int) -> Tensor:
+    """float32 `x` to bfloat16 or float16, up or down with odds that keep its expectation.
+
+    `key` is the generator's (`random.stream_key`); non-finite values pass unchanged.
+    """
+    mantissa_bits, min_exponent = _GRID[dtype]
+    bits = x.contiguous().view(torch.int32)
+    exponent = (((bits >> 23) & 0xFF) - 127).clamp(min=min_exponent)
+    ulp = torch.ldexp(torch.ones_like(x), exponent - mantissa_bits)
+    dither = uniform16(key, x.numel(), x.device).view(x.shape) - 0.5
+    return torch.where(torch.isfinite(x), x + dither * ulp, x).to(dtype)
+
+
+def split_encode(x: Tensor) -> tuple[Tensor, Tensor]:
+    """float32 `x` as bfloat16 and an int8 residual: 24 of its bits in 3 bytes."""
+    bits = x.contiguous().view(torch.int32).to(torch.int64) & 0xFFFFFFFF
+    top24 = (bits + 0x80) >> 8
+    high = (top24 + 0x80) >> 8
+    residual = top24 - (high << 8)
+    nan = torch.isnan(x)
+    high = torch.where(nan, 0x7FC0, high & 0xFFFF)
+    high = torch.where(high >= 0x8000, high - 0x10000, high)
+    return high.to(torch.int16).view(torch.bfloat16), torch.where(nan, 0, residual).to(torch.int8)
+
+
+def split_decode(param: Tensor, residual: Tensor) -> Tensor:
+    """float32 value of a bfloat16 parameter and its int8 residual."""
+    high = param.contiguous().view(torch.int16).to(torch.int64) & 0xFFFF
+    bits = (((high << 8) + residual) << 8) & 0xFFFFFFFF
+    bits = torch.where(bits >= 0x80000000, bits - 0x100000000, bits)
+    return bits.to(torch.int32).view(torch.float32)
