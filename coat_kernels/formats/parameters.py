@@ -8,7 +8,9 @@ from torch import Tensor
 from .random import uniform16
 
 PARAM_ROUNDINGS = ("nearest", "stochastic", "split")
-PARAM_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+#: The dtypes of parameters and gradients, and the numbers kernels know them by.
+DTYPE_INDEX = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+PARAM_DTYPES = tuple(DTYPE_INDEX)
 
 #: Mantissa bits and smallest normal exponent.
 _GRID = {torch.bfloat16: (7, -126), torch.float16: (10, -14)}

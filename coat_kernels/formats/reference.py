@@ -163,9 +163,7 @@ def _decode_groups(codes: Tensor, amax: Tensor, k16: Tensor, codec: Codec, dtype
     return torch.where(value == 0, 0, torch.copysign(decoded, value))
 
 
-def decode_group(
-    codes: Tensor, amax: Tensor, k16: Tensor, codec: Codec, group_size: int, *, dtype: torch.dtype = torch.float32
-) -> Tensor:
+def decode_group(codes: Tensor, amax: Tensor, k16: Tensor, codec: Codec, group_size: int, *, dtype: torch.dtype = torch.float32) -> Tensor:
     """Values of `codes` (uint8, any shape) as `dtype`; inverse of `encode_group`."""
     grouped = _groups(codes, group_size)
     return _decode_groups(grouped, amax, k16, codec, dtype).reshape(-1)[: codes.numel()].view(codes.shape)

@@ -1,0 +1,70 @@
+"""What one launch of the fused AdamW step is told beside its tensors."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ...formats import check_group_size, check_rounding
+from ...formats.codecs import Codec
+from ...formats.parameters import check_param_rounding
+
+
+@dataclass(frozen=True)
+class StateFormat:
+    """How the tensors of one bucket are stored.
+
+    Args:
+        exp_avg, exp_avg_sq: codecs of the moments.
+        group_size: elements a group.
+        exp_avg_rounding, exp_avg_sq_rounding: "nearest" or "stochastic".
+        param_rounding: "nearest", "stochastic" (16-bit parameters) or "split" (bfloat16 plus int8 residual).
+        seed: of the generator behind stochastic rounding.
+    """
+
+    exp_avg: Codec
+    exp_avg_sq: Codec
+    group_size: int = 128
+    exp_avg_rounding: str = "nearest"
+    exp_avg_sq_rounding: str = "nearest"
+    param_rounding: str = "nearest"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_group_size(self.group_size)
+        check_rounding(self.exp_avg_rounding)
+        check_rounding(self.exp_avg_sq_rounding)
+        check_param_rounding(self.param_rounding)
+        if not self.exp_avg.signed:
+            raise ValueError(f"codec {self.exp_avg.name!r} holds no signs and cannot hold exp_avg; use e4m3 or e5m2")
+
+    @property
+    def quantized(self) -> bool:
+        return self.exp_avg.quantized or self.exp_avg_sq.quantized
+
+
+@dataclass(frozen=True)
+class Hyperparameters:
+    """AdamW's numbers for one step; `lr` may be a 0-dim tensor, which a GPU kernel reads on the device."""
+
+    lr: float | Tensor
+    beta1: float
+    beta2: float
+    eps: float
+    weight_decay: float
+    maximize: bool = False
+    grad_scale: Tensor | None = None
+    found_inf: Tensor | None = None
+
+
+def storage_rounding(dtype: torch.dtype, param_rounding: str) -> str:
+    """The rounding that parameters of `dtype` take under the user's choice: float32 is stored exactly, whatever was chosen.
+
+    Raises:
+        TypeError: "split" asked of float16, which it cannot extend.
+    """
+    if param_rounding == "split" and dtype == torch.float16:
+        raise TypeError("param_rounding='split' extends bfloat16 parameters, got torch.float16; use 'nearest' or 'stochastic'")
+    return "nearest" if dtype == torch.float32 else param_rounding
