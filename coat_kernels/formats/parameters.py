@@ -5,16 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .random import uniform16
+from .random import half_words
 
 PARAM_ROUNDINGS = ("nearest", "stochastic", "split")
 #: The dtypes of parameters and gradients, and the numbers kernels know them by.
 DTYPE_INDEX = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 PARAM_DTYPES = tuple(DTYPE_INDEX)
-
-#: Mantissa bits and smallest normal exponent.
-_GRID = {torch.bfloat16: (7, -126), torch.float16: (10, -14)}
-
 
 def check_param_rounding(param_rounding: str) -> str:
     if param_rounding not in PARAM_ROUNDINGS:
@@ -27,12 +23,15 @@ def round_stochastic(x: Tensor, dtype: torch.dtype, key: int) -> Tensor:
 
     `key` is the generator's (`random.stream_key`); non-finite values pass unchanged.
     """
-    mantissa_bits, min_exponent = _GRID[dtype]
+    draw = half_words(key, x.numel(), x.device).view(x.shape)
     bits = x.contiguous().view(torch.int32)
-    exponent = (((bits >> 23) & 0xFF) - 127).clamp(min=min_exponent)
-    ulp = torch.ldexp(torch.ones_like(x), exponent - mantissa_bits)
-    dither = uniform16(key, x.numel(), x.device).view(x.shape) - 0.5
-    return torch.where(torch.isfinite(x), x + dither * ulp, x).to(dtype)
+    if dtype == torch.bfloat16:
+        rounded = ((bits.to(torch.int64) + draw) >> 16).to(torch.int16).view(torch.bfloat16)
+    else:
+        exponent = (((bits >> 23) & 0xFF) - 127).clamp(min=-14)
+        ulp = torch.ldexp(torch.ones_like(x), exponent - 10)
+        rounded = torch.copysign(torch.floor(x.abs() / ulp + (draw >> 3) / 8192) * ulp, x).to(dtype)
+    return torch.where(torch.isfinite(x), rounded, x.to(dtype))
 
 
 def split_encode(x: Tensor) -> tuple[Tensor, Tensor]:

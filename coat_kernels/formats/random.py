@@ -44,8 +44,7 @@ def uniform8(key: int, numel: int, device: torch.device | str = "cpu") -> Tensor
     return (byte.to(torch.float32) + 0.5) / 256
 
 
-def uniform16(key: int, numel: int, device: torch.device | str = "cpu") -> Tensor:
-    """float32 [numel] in (0, 1), one of 65,536 values: the dither of stored parameters."""
+def half_words(key: int, numel: int, device: torch.device | str = "cpu") -> Tensor:
+    """int64 [numel] of uniform 16-bit numbers: what decides how a parameter is rounded."""
     i = torch.arange(numel, device=device)
-    half = (_words(key, i >> 1) >> ((i & 1) * 16)) & 0xFFFF
-    return (half.to(torch.float32) + 0.5) / 65536
+    return (_words(key, i >> 1) >> ((i & 1) * 16)) & 0xFFFF
