@@ -72,11 +72,11 @@ def test_error_of_a_roundtrip(codec: Codec) -> None:
     if codec.name == "log8":
         bound = torch.exp2(k * 16 / 500) - 1  # half a step of j/250 octaves
     else:
-        bound = (1 + 2.0 ** -(codec.mantissa_bits + 1)) ** (1 / k) - 1  # half a unit in the last place, shrunk by k
-    normal = codes & 0x7F >= 1 << codec.mantissa_bits if codec.is_float8 else codes > 1
+        # half a unit in the last place, shrunk by k; downwards it weighs a little more
+        bound = 1 - (1 - 2.0 ** -(codec.mantissa_bits + 1)) ** (1 / k)
+    normal = codes & 0x7F > 1 << codec.mantissa_bits if codec.is_float8 else codes > 1
     assert normal.float().mean() > 0.95
-    # 1 % for the other side of a power of two's neighbour, where the step is uneven
-    assert (error[normal] <= bound[normal] * 1.01 + 1e-6).all()
+    assert (error[normal] <= bound[normal] + 1e-6).all()
 
 
 @expanded
@@ -155,8 +155,8 @@ def test_equal_magnitudes_roundtrip_exactly(codec: Codec) -> None:
             x[1::5] = 0.0
             assert torch.equal(roundtrip(x, codec), x) or not codec.expand and codec.is_float8
             if codec.is_float8 and not codec.expand:
-                # amax / max, times max, is amax to a rounding
-                assert torch.allclose(roundtrip(x, codec), x, rtol=1.2e-7, atol=0)
+                # amax / max, times max, is amax to a rounding, unless the scale is subnormal
+                assert torch.allclose(roundtrip(x, codec), x, rtol=1.2e-7 if value > 1e-30 else 5e-3, atol=0)
 
 
 @expanded
@@ -197,18 +197,20 @@ def test_stochastic_rounding_is_unbiased(codec: Codec) -> None:
     x = sample(codec, G, spread=0.7)
     draws = 4000
     total = torch.zeros(G, dtype=torch.float64)
-    low, high = torch.full((G,), math.inf), torch.full((G,), -math.inf)
+    seen = torch.zeros(256, G, dtype=torch.bool)
     for key in range(draws):
-        y = roundtrip(x, codec, rounding="stochastic", key=(key * 2654435761) % (1 << 32))
-        total += y
-        low, high = torch.minimum(low, y), torch.maximum(high, y)
-    step = (high - low).double()
+        codes, amax, k16 = encode_group(x, codec, G, signed=codec.signed, rounding="stochastic", key=key * 2654435761 % (1 << 32))
+        total += decode_group(codes, amax, k16, codec, G)
+        seen[codes.long(), torch.arange(G)] = True
+    # at most two codes for each input, neighbours
+    first, last = seen.int().argmax(0), 255 - seen.flip(0).int().argmax(0)
+    assert (last - first).max() == 1
+    values = decode_group(
+        torch.stack([first - 1, first, first + 1, first + 2]).clamp(0, 255).to(torch.uint8), amax.expand(4), k16.expand(4), codec, G
+    )
+    step = values.diff(dim=0).abs().nan_to_num(0).amax(0)
     # five standard errors of a coin with any odds, and the generator's 256 values (half of 1/256 of a step)
     assert ((total / draws - x).abs() <= step * (5 * 0.5 / math.sqrt(draws) + 1 / 512) + 1e-6 * x.abs()).all()
-    # at most two values for each input, one step apart
-    assert (step > 0).any()
-    nearest = roundtrip(x, codec)
-    assert ((nearest >= low - 1e-6 * x.abs()) & (nearest <= high + 1e-6 * x.abs())).all()
 
 
 def test_float64_reference_differs_from_float32_by_at_most_a_step() -> None:
