@@ -51,7 +51,7 @@ def adamw_fp8(
     p = (split_decode(param, residual) if residual is not None else param).to(dtype)
     g = grad.to(dtype)
     if hyper.grad_scale is not None:
-        g = g / hyper.grad_scale.to(dtype)
+        g = g / float(hyper.grad_scale)
     if hyper.maximize:
         g = -g
     m = _decode(exp_avg, fmt.exp_avg, amax, k16, 0, fmt.group_size, dtype)
