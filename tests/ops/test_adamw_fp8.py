@@ -25,7 +25,8 @@ def make(shapes, fmt: StateFormat, device: torch.device, dtype=torch.float32, gr
     generator = torch.Generator().manual_seed(seed)
     params = [torch.randn(s, generator=generator).to(device, dtype) for s in shapes]
     grads = [
-        (torch.randn(s, generator=generator) * torch.exp(torch.randn(s, generator=generator))).mul(1e-2).to(device, grad_dtype) for s in shapes
+        (torch.randn(s, generator=generator) * torch.exp(torch.randn(s, generator=generator))).mul(1e-2).to(device, grad_dtype)
+        for s in shapes
     ]
     state = BucketState(indices=list(range(len(shapes))))
     for p in params:
@@ -57,7 +58,18 @@ def check_against_reference(before, grads, after, old: BucketState, new: BucketS
         residual = old.residuals[i] if old.residuals else None
         step = int(old.steps[i]) + 1
         want = reference_step(
-            p, g, old.exp_avgs[i], old.exp_avg_sqs[i], old.amaxs[i], old.k16s[i], residual, step=step, index=i, fmt=fmt, hyper=hyper, dtype=torch.float64
+            p,
+            g,
+            old.exp_avgs[i],
+            old.exp_avg_sqs[i],
+            old.amaxs[i],
+            old.k16s[i],
+            residual,
+            step=step,
+            index=i,
+            fmt=fmt,
+            hyper=hyper,
+            dtype=torch.float64,
         )
         assert new.steps[i] == step
         if residual is None and p.dtype == torch.float32:
@@ -123,7 +135,13 @@ def test_group_sizes(second: str, group_size: int, device: torch.device) -> None
 @pytest.mark.parametrize("grad_dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(
     ("dtype", "rounding"),
-    [(torch.bfloat16, "nearest"), (torch.bfloat16, "stochastic"), (torch.bfloat16, "split"), (torch.float16, "nearest"), (torch.float16, "stochastic")],
+    [
+        (torch.bfloat16, "nearest"),
+        (torch.bfloat16, "stochastic"),
+        (torch.bfloat16, "split"),
+        (torch.float16, "nearest"),
+        (torch.float16, "stochastic"),
+    ],
 )
 def test_sixteen_bit_parameters(dtype, rounding: str, grad_dtype, device: torch.device) -> None:
     codec = get_codec("e4m3_expand")
@@ -220,7 +238,9 @@ def test_many_tensors_in_one_launch_equal_one_at_a_time(device: torch.device) ->
     for _ in range(3):
         Bucket(*together, fmt).step(HYPER)
         for i in range(len(shapes)):
-            single = BucketState(*([getattr(alone[2], f.name)[i]] if getattr(alone[2], f.name) else [] for f in dataclasses.fields(BucketState)))
+            single = BucketState(
+                *([getattr(alone[2], f.name)[i]] if getattr(alone[2], f.name) else [] for f in dataclasses.fields(BucketState))
+            )
             Bucket([alone[0][i]], [alone[1][i]], single, fmt).step(HYPER)
     assert all(map(torch.equal, together[0], alone[0]))
     for name in ("exp_avgs", "exp_avg_sqs", "amaxs", "k16s"):

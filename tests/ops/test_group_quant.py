@@ -99,7 +99,9 @@ def test_public_wrapper_roundtrip(fmt: str, expand: bool, device: torch.device) 
 
 def test_expansion_narrows_the_error() -> None:
     x = torch.rand(1 << 14) + 0.5
-    errors = [(coat_kernels.dequantize_group(coat_kernels.quantize_group(x, expand=expand)) - x).square().mean() for expand in (True, False)]
+    errors = [
+        (coat_kernels.dequantize_group(coat_kernels.quantize_group(x, expand=expand)) - x).square().mean() for expand in (True, False)
+    ]
     assert errors[0] < errors[1] / 20
 
 
@@ -113,7 +115,11 @@ def test_expansion_narrows_the_error() -> None:
         (lambda x: coat_kernels.quantize_group(-x, "log8"), ValueError, "log8 holds non-negative values only, got a minimum of -1"),
         (lambda x: coat_kernels.quantize_group(x, "log8", signed=True), ValueError, "holds no signs"),
         (lambda x: torch.ops.coat_kernels.quantize_group(x, "float32"), ValueError, "nothing to quantize"),
-        (lambda x: coat_kernels.dequantize_group(coat_kernels.quantize_group(x), torch.float64), TypeError, "cannot dequantize to torch.float64"),
+        (
+            lambda x: coat_kernels.dequantize_group(coat_kernels.quantize_group(x), torch.float64),
+            TypeError,
+            "cannot dequantize to torch.float64",
+        ),
     ],
 )
 def test_errors(call, error: type[Exception], message: str) -> None:
