@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import platform
+import re
 import subprocess
 from importlib import metadata
 from pathlib import Path
@@ -52,6 +53,16 @@ def cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
+def _driver() -> str | None:
+    try:
+        found = re.search(r"Kernel Module.*?(\d+\.\d[.\d]*)", Path("/proc/driver/nvidia/version").read_text())
+    except OSError:
+        found = None
+    if found:
+        return found[1]
+    return _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0")
+
+
 def _cpu_isa() -> str | None:
     from coat_kernels._native import native
 
@@ -71,6 +82,6 @@ def describe(device: str, stated_commit: str | None = None) -> dict:
     }
     if device == "cuda":
         row["gpu"] = torch.cuda.get_device_name()
-        row["driver"] = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0")
+        row["driver"] = _driver()
         row["cuda"] = torch.version.cuda
     return row

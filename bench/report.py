@@ -34,7 +34,9 @@ def heading(environment: dict) -> str:
     """One line on the machine and the versions."""
     machine = f"{environment['gpu']}, driver {environment['driver']}" if "gpu" in environment else environment["cpu"]
     versions = ", ".join(f"{name} {number}" for name, number in environment["versions"].items())
-    return f"{machine}, {environment['threads']} CPU threads; {versions}; commit {environment['commit'][:18]}"
+    commit, _, dirty = environment["commit"].partition("+")
+    isa = environment.get("cpu_isa") or "no C++ extension"
+    return f"{machine}, {environment['threads']} CPU threads, {isa}; {versions}; commit {commit[:10]}{'+' * bool(dirty)}{dirty}"
 
 
 def markdown(rows: list[dict]) -> str:

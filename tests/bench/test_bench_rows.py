@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -47,6 +48,15 @@ def test_this_package_passes_the_gate(work):
 def planted(**changed):
     settings = {**SETTINGS, **changed}
     return lambda params: torch.optim.AdamW(params, **settings)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("clock", ["wall_cuda", "device_cuda"])
+@pytest.mark.parametrize("fresh", [False, True], ids=["same gradients", "fresh gradients"])
+def test_this_package_passes_the_gate_on_a_gpu(monkeypatch, clock, fresh):
+    monkeypatch.setitem(timing.COPY_NUMEL, "cuda", 1 << 20)
+    rows = rows_of(replace(SMALL, device="cuda", clock=clock, fresh_grads=fresh), *ours())
+    assert len(rows) == 3 and all(row["seconds"] > 0 for row in rows.values()), rows
 
 
 class ForgetsItsMoments(torch.optim.AdamW):

@@ -11,7 +11,8 @@ from bench.environment import ROOT
 from bench.rows import read_jsonl
 from bench.study import data, report
 from bench.study.optimizers import CONTROL, OPTIMIZERS, REFERENCE, ControlAdamW, Shadow
-from bench.study.train import Recipe, run
+from bench.study.runs import study
+from bench.study.train import Recipe
 
 RECORDED = ROOT / "bench" / "results" / "study_pydoc.jsonl"
 SMOKE = Recipe(steps=40, batch_size=4, length=32, width=32, layers=1, warmup=5, evaluations=2, error_every=5, validation=4)
@@ -19,13 +20,7 @@ SMOKE = Recipe(steps=40, batch_size=4, length=32, width=32, layers=1, warmup=5, 
 
 @pytest.fixture(scope="module")
 def smoke() -> dict[str, dict]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        halves = data.split(data.text())
-        return {name: run(SMOKE, name, 0, 0.999, *halves) for name in OPTIMIZERS}
-    finally:
-        torch.set_num_threads(before)
+    return {row["optimizer"]: row for row in study(SMOKE, seeds=1, betas=(0.999,), workers=2)}
 
 
 def test_every_optimizer_learns(smoke):
