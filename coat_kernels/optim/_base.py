@@ -23,6 +23,10 @@ from ._plan import Launch, Plan, build_launch, gradients, is_dtensor, local
 from ._states import MOMENTS, allocate, moment_codecs
 
 
+#: Refuses a step under graph capture with capturable=False; torch renamed it after 2.10.
+_graph_health_check = getattr(Optimizer, "_accelerator_graph_capture_health_check", None) or Optimizer._cuda_graph_capture_health_check
+
+
 class LowBitOptimizer(Optimizer):
     """Base of optimizers whose states are stored in few bits: a `torch.optim.Optimizer` in every other respect."""
 
@@ -88,7 +92,7 @@ class LowBitOptimizer(Optimizer):
         Returns:
             The closure's loss, or None.
         """
-        self._cuda_graph_capture_health_check()
+        _graph_health_check(self)
         loss = None
         if closure is not None:
             with torch.enable_grad():
