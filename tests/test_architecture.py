@@ -1,4 +1,4 @@
-"""The house rules that a program can check: imports run downwards, one stem through every layer, the support table is true, no file too long."""
+"""The house rules that a program can check: downward imports, one stem through every layer, a true support table, short files."""
 
 from __future__ import annotations
 

@@ -22,7 +22,6 @@ from . import _state_dict
 from ._plan import Launch, Plan, build_launch, gradients, is_dtensor, local
 from ._states import MOMENTS, allocate, moment_codecs
 
-
 #: Refuses a step under graph capture with capturable=False; torch renamed it after 2.10.
 _graph_health_check = getattr(Optimizer, "_accelerator_graph_capture_health_check", None) or Optimizer._cuda_graph_capture_health_check
 

@@ -69,11 +69,9 @@ def test_error_of_a_roundtrip(codec: Codec) -> None:
     codes, amax, k16 = encode_group(x, codec, G, signed=codec.signed)
     error = (decode_group(codes, amax, k16, codec, G) - x).abs() / x.abs()
     k = k16.repeat_interleave(G).float() / 16
-    if codec.name == "log8":
-        bound = torch.exp2(k * 16 / 500) - 1  # half a step of j/250 octaves
-    else:
-        # half a unit in the last place, shrunk by k; downwards it weighs a little more
-        bound = 1 - (1 - 2.0 ** -(codec.mantissa_bits + 1)) ** (1 / k)
+    # log8: half a step of j/250 octaves; FP8: half a unit in the last place, shrunk by k, and downwards, where it weighs a little more
+    half_ulp = 2.0 ** -(codec.mantissa_bits + 1)
+    bound = torch.exp2(k * 16 / 500) - 1 if codec.name == "log8" else 1 - (1 - half_ulp) ** (1 / k)
     normal = codes & 0x7F > 1 << codec.mantissa_bits if codec.is_float8 else codes > 1
     assert normal.float().mean() > 0.95
     assert (error[normal] <= bound[normal] + 1e-6).all()
@@ -153,7 +151,7 @@ def test_equal_magnitudes_roundtrip_exactly(codec: Codec) -> None:
             if codec.signed:
                 x[::3] = -value
             x[1::5] = 0.0
-            assert torch.equal(roundtrip(x, codec), x) or not codec.expand and codec.is_float8
+            assert torch.equal(roundtrip(x, codec), x) or (not codec.expand and codec.is_float8)
             if codec.is_float8 and not codec.expand:
                 # amax / max, times max, is amax to a rounding, unless the scale is subnormal
                 assert torch.allclose(roundtrip(x, codec), x, rtol=1.2e-7 if value > 1e-30 else 5e-3, atol=0)

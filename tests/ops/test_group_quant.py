@@ -46,7 +46,7 @@ def test_agrees_with_the_reference(codec: Codec, group_size: int, dtype: torch.d
 @codecs
 def test_stochastic_draws_are_the_references(codec: Codec, device: torch.device) -> None:
     x = sample(codec, (5000,), device)
-    codes, amax, k16 = quantize(x, codec, rounding="stochastic", key=0xDEADBEEF)
+    codes, _amax, _k16 = quantize(x, codec, rounding="stochastic", key=0xDEADBEEF)
     want, _, _ = encode_group(x, codec, 128, signed=codec.signed, rounding="stochastic", key=0xDEADBEEF, dtype=torch.float64)
     difference = (codes.int() - want.int()).abs()
     assert difference.max() <= 1
@@ -61,7 +61,7 @@ def test_stochastic_draws_are_the_references(codec: Codec, device: torch.device)
 def test_shapes(codec: Codec, shape: tuple[int, ...], device: torch.device) -> None:
     x = sample(codec, shape, device)
     codes, amax, k16 = quantize(x, codec)
-    want, want_amax, want_k16 = encode_group(x, codec, 128, signed=codec.signed)
+    _want, want_amax, want_k16 = encode_group(x, codec, 128, signed=codec.signed)
     assert codes.shape == x.shape
     assert torch.equal(amax, want_amax)
     assert torch.equal(k16, want_k16)
