@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 from ..formats import get_codec, num_groups
 from ..formats.codecs import Codec
 from ..ops.adamw_fp8 import StateFormat
-from ._plan import local
+from ._plan import is_dtensor, local
 from ._states import allocate, moment_codecs
 
 if TYPE_CHECKING:
@@ -45,7 +45,15 @@ _ADAMW_GROUP = {
 
 
 def save(optimizer: LowBitOptimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
-    """`state_dict` with each tensor in storage of its own and the format in each param group."""
+    """`state_dict` with each tensor in storage of its own and the format in each param group.
+
+    Raises:
+        RuntimeError: a parameter is a DTensor. Its state is this rank's alone; as plain tensors a distributed checkpoint would take
+            one rank's codes for everyone's.
+    """
+    if any(is_dtensor(param) for group in optimizer.param_groups for param in group["params"]):
+        name = type(optimizer).__name__
+        raise RuntimeError(f"{name} cannot save the state of sharded (DTensor) parameters yet; save this rank's with torch.save(optimizer)")
     states = {key: {k: _own(v) for k, v in state.items()} for key, state in state_dict["state"].items()}
     pairs = zip(state_dict["param_groups"], optimizer.param_groups, strict=True)
     groups = [{**packed, FORMAT_KEY: _describe(optimizer, live)} for packed, live in pairs]
