@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from pathlib import Path
 
 COLUMNS = ("work", "entrant", "ms", "vs torch", "B/param", "GB/s", "of copy", "state B", "reps", "note")
@@ -84,7 +85,7 @@ def plot(rows: list[dict], path: Path) -> None:
         len(works), 1, figsize=(9, 1.1 * len(works) + 0.28 * sum(heights)), height_ratios=heights, squeeze=False, layout="constrained"
     )
     for axis, ((kind, work), entries) in zip(axes[:, 0], works.items(), strict=True):
-        entries = sorted(entries, key=lambda row: -row["seconds"])
+        entries = sorted(entries, key=_ratio, reverse=True)
         colours = ["#c44e52" if row["entrant"].startswith("coat") else "#8c9bb0" for row in entries]
         ratios = [_ratio(row) for row in entries]
         axis.barh([row["entrant"] for row in entries], ratios, color=colours)
@@ -92,10 +93,11 @@ def plot(rows: list[dict], path: Path) -> None:
         axis.set_xscale("log")
         axis.set_xlim(min(0.2, min(ratios) / 1.5), max(2.0, max(ratios) * 4))
         for i, row in enumerate(entries):
-            axis.text(ratios[i] * 1.05, i, f"{row['seconds'] * 1e3:.3g} ms, {row['share_of_copy']:.2f} of copy", va="center", fontsize=8)
+            label = f"{ratios[i]:.2f}, {row['seconds'] * 1e3:.4g} ms, {row['share_of_copy']:.2f} of copy"
+            axis.text(max(ratios[i], 1.0) * 1.05, i, label, va="center", fontsize=8)
         against = "torch AdamW(fused=True)" if kind == "step" else "eager torch"
         axis.set_title(f"{kind}: {work}, time / {against}", loc="left", fontsize=9)
         axis.tick_params(labelsize=8)
-    figure.suptitle(heading(rows[0]["environment"]), fontsize=7)
+    figure.suptitle(textwrap.fill(heading(rows[0]["environment"]), 120), fontsize=7)
     figure.savefig(path, dpi=140)
     plt.close(figure)
