@@ -44,28 +44,32 @@ def small_int_to_float(i):
 def log2(x, ISA: tl.constexpr):
     if ISA == PORTABLE:
         return tl.log2(x)
-    return tl.inline_asm_elementwise("lg2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
+    else:
+        return tl.inline_asm_elementwise("lg2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
 
 
 @triton.jit
 def exp2(x, ISA: tl.constexpr):
     if ISA == PORTABLE:
         return tl.exp2(x)
-    return tl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
+    else:
+        return tl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
 
 
 @triton.jit
 def sqrt(x, ISA: tl.constexpr):
     if ISA == PORTABLE:
         return tl.sqrt(x)
-    return tl.inline_asm_elementwise("sqrt.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
+    else:
+        return tl.inline_asm_elementwise("sqrt.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
 
 
 @triton.jit
 def reciprocal(x, ISA: tl.constexpr):
     if ISA == PORTABLE:
         return 1.0 / x
-    return tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
+    else:
+        return tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
 
 
 @triton.jit
@@ -73,19 +77,20 @@ def scaled_reciprocal(x, scale, ISA: tl.constexpr):
     """scale / x. Two neighbours share one reciprocal, 1/a = b/(ab): a·b must stay well inside float32's range, 2^-60 to 2^80."""
     if ISA == PORTABLE:
         return scale / x
-    return tl.inline_asm_elementwise(
-        """{ .reg .f32 r;
-        mul.f32 r, $2, $3;
-        rcp.approx.ftz.f32 r, r;
-        mul.f32 r, r, $4;
-        mul.f32 $0, r, $3;
-        mul.f32 $1, r, $2; }""",
-        "=&f,=&f,f,f,f,f",
-        [x, scale],
-        dtype=tl.float32,
-        is_pure=True,
-        pack=2,
-    )
+    else:
+        return tl.inline_asm_elementwise(
+            """{ .reg .f32 r;
+            mul.f32 r, $2, $3;
+            rcp.approx.ftz.f32 r, r;
+            mul.f32 r, r, $4;
+            mul.f32 $0, r, $3;
+            mul.f32 $1, r, $2; }""",
+            "=&f,=&f,f,f,f,f",
+            [x, scale],
+            dtype=tl.float32,
+            is_pure=True,
+            pack=2,
+        )
 
 
 # exp2(inverse_k · log2(|q| / 448)) of four E4M3 codes with one conversion a pair and no logarithm. f16 of a code (which
@@ -238,7 +243,11 @@ _DITHER = """
 PACK_DITHERED = tl.constexpr(
     "{ .reg .f32 y, c, f; .reg .b32 w, s0, s1, s2, s3;"
     + "".join(
-        _DITHER.replace("IN", f"${1 + i}").replace("CURVE", f"${5 + i}").replace("WORD", f"${9 + i}").replace("OUT", f"s{i}").replace("SELECT", f"0x76{i}4")
+        _DITHER.replace("IN", f"${1 + i}")
+        .replace("CURVE", f"${5 + i}")
+        .replace("WORD", f"${9 + i}")
+        .replace("OUT", f"s{i}")
+        .replace("SELECT", f"0x76{i}4")
         for i in range(4)
     )
     + "prmt.b32 s0, s0, s1, 0x0040; prmt.b32 s2, s2, s3, 0x0040; prmt.b32 $0, s0, s2, 0x5410; }"
@@ -251,6 +260,4 @@ def pack_dithered(y, curve, words):
 
     `words` are the generator's, one for each element; neighbours 4i .. 4i + 3 hold the same one. Not in PORTABLE.
     """
-    return tl.inline_asm_elementwise(
-        PACK_DITHERED, "=r,f,f,f,f,f,f,f,f,r,r,r,r", [y, curve, words], dtype=tl.uint8, is_pure=True, pack=4
-    )
+    return tl.inline_asm_elementwise(PACK_DITHERED, "=r,f,f,f,f,f,f,f,f,r,r,r,r", [y, curve, words], dtype=tl.uint8, is_pure=True, pack=4)

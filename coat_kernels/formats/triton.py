@@ -1,0 +1,335 @@
+"""Encode and decode of every codec as Triton device functions: README.md, for kernels on a GPU.
+
+Tensors are [rows, G], one group a row; per-group values are [rows]. There are two ways through. The *checked* functions take any
+input. The *plain* ones are for `e4m3_expand`, `e5m2_expand` and `log8` on a hot path: they may be used on a group only where
+`irregular` is negative (no NaN or inf, no subnormal, no expanded range over 32 octaves), and cost about half as much.
+`ISA` chooses between PTX and portable operations (`triton_ptx.py`).
+"""
+
+from __future__ import annotations
+
+import math
+
+import triton
+import triton.language as tl
+
+from .codecs import CODECS, LOG2_SLACK_Q11, MAX_OCTAVES, NAN_CODE
+from .triton_params import uniform8, words
+from .triton_ptx import (
+    MAGIC,
+    MAGIC_BITS,
+    PORTABLE,
+    PTX_FP8,
+    bits_of,
+    e4m3_power,
+    exp2,
+    float_of,
+    log2,
+    pack_bytes,
+    pack_dithered,
+    pack_float8,
+    reciprocal,
+    small_int_to_float,
+    steps_below_top,
+)
+
+FLOAT32, LOG8 = tl.constexpr(CODECS["float32"].index), tl.constexpr(CODECS["log8"].index)
+INF_BITS = tl.constexpr(0x7F800000)
+#: `log8`: 250 steps an octave and j; 254 steps fill a group's range.
+LOG8_STEPS = tl.constexpr(250)
+_LOG8_UNIT = tl.constexpr(254 * 2048)
+_LOG8_ROUND_UP = tl.constexpr(250 * LOG2_SLACK_Q11 + 254 * 2048 - 1)
+_OCTAVE_CUT_BITS = tl.constexpr(MAX_OCTAVES << 23)
+_OCTAVE_CUT_Q15 = tl.constexpr(float(MAX_OCTAVES << 15))
+_NAN_CODE = tl.constexpr(NAN_CODE)
+
+_BY_INDEX = sorted(CODECS.values(), key=lambda codec: codec.index)
+
+
+@triton.constexpr_function
+def codec_constant(codec, name):
+    """A field of `codecs.Codec`, by codec number."""
+    return getattr(_BY_INDEX[codec], name)
+
+
+@triton.constexpr_function
+def log2_of(x):
+    return math.log2(x)
+
+
+@triton.constexpr_function
+def has_plain_form(codec):
+    return _BY_INDEX[codec].expand or _BY_INDEX[codec].name == "log8"
+
+
+# --- metadata
+
+
+@triton.jit
+def _group_range(x):
+    """Pattern of the largest finite magnitude and the range D of each group of any float32 x."""
+    bits = bits_of(x) & 0x7FFFFFFF
+    bits = tl.where(bits < INF_BITS, bits, 0)
+    max_bits = tl.max(bits, axis=1)
+    min_bits = tl.min(tl.where(bits > 0, bits, INF_BITS), axis=1)
+    return max_bits, tl.maximum(max_bits - min_bits, 0)
+
+
+@triton.jit
+def _larger_or_nan(a, b):
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def plain_range(x, CODEC: tl.constexpr, ISA: tl.constexpr):
+    """Pattern of the largest magnitude (NaN and inf above all others), D, and `irregular` of each group.
+
+    A non-negative `irregular` sends the group through the checked functions. D of a group of zeros is negative.
+    """
+    max_bits = tl.max(bits_of(x) & 2147483647, axis=1) if ISA == PORTABLE else bits_of(tl.reduce(tl.abs(x), 1, _larger_or_nan))
+    # 2·bits - 1 drops the sign and puts zeros last among unsigned numbers: two instructions an element
+    key = tl.min((x.to(tl.uint32, bitcast=True) << 1) - 1, axis=1)
+    below_min = (key >> 1).to(tl.int32, bitcast=True)  # pattern of the smallest non-zero magnitude, less 1
+    spread = max_bits - below_min - 1
+    irregular = tl.maximum(max_bits - INF_BITS, 0x007FFFFE - below_min)  # non-finite; subnormal
+    if CODEC != LOG8:
+        irregular = tl.maximum(irregular, spread - (_OCTAVE_CUT_BITS + 1))
+    return max_bits, spread, irregular
+
+
+@triton.jit
+def expansion_k16(spread, max_bits, CODEC: tl.constexpr, ISA: tl.constexpr):
+    """16·k as a float32 integer: the exact floor of range_q15 / (D >> 8).
+
+    The quotient by an approximate reciprocal rounds to the floor or one above; the sign of the exact remainder tells which.
+    """
+    NUMERATOR: tl.constexpr = 1.0 * codec_constant(CODEC, "range_q15")
+    octaves = tl.minimum(small_int_to_float((spread.to(tl.uint32, bitcast=True) >> 8).to(tl.int32, bitcast=True)), _OCTAVE_CUT_Q15)
+    rounded = tl.minimum(NUMERATOR * reciprocal(octaves, ISA), 255.0) + MAGIC
+    remainder = NUMERATOR - (rounded - MAGIC) * octaves  # under 2^24: exact, fused or not
+    k16_bits = bits_of(rounded) + (bits_of(remainder) >> 31)
+    return float_of(tl.where(max_bits == 0, MAGIC_BITS + 16, k16_bits)) - MAGIC
+
+
+@triton.jit
+def log8_j(spread):
+    """j as int32; at least 1 and at most 252 by the bounds of D."""
+    return ((tl.maximum(spread, 0) >> 12) * LOG8_STEPS + _LOG8_ROUND_UP) // _LOG8_UNIT
+
+
+@triton.jit
+def _metadata(spread, max_bits, CODEC: tl.constexpr, ISA: tl.constexpr):
+    """The stored byte as a float32 integer."""
+    if CODEC == LOG8:
+        return small_int_to_float(log8_j(spread))
+    elif codec_constant(CODEC, "expand"):
+        return expansion_k16(spread, max_bits, CODEC, ISA)
+    else:
+        return small_int_to_float(max_bits * 0 + 16)
+
+
+# --- decode
+
+
+@triton.jit
+def _times_power(amax, power, n):
+    """amax · power · 2^-n for 0 <= n < 512 and amax · power · 2^-n <= amax, rounded once (twice below 2^-100 · amax)."""
+    first = tl.minimum(n, 100)
+    x = amax * (power * float_of((127 - first) << 23))
+    second = tl.minimum(n - first, 126)
+    return x * float_of((127 - second) << 23) * float_of((127 - tl.minimum(n - first - second, 126)) << 23)
+
+
+@triton.jit
+def decode_checked(codes, amax, k16, CODEC: tl.constexpr, ISA: tl.constexpr):
+    """float32 values of integer `codes` [rows, G] for any metadata: amax float32 and k16 int32 [rows]."""
+    codes = codes.to(tl.int32)
+    if CODEC == LOG8:
+        return _decode_log8(codes, amax, k16, ISA)
+    else:
+        return _decode_float8(codes, amax, k16, CODEC, ISA)
+
+
+@triton.jit
+def _decode_log8(codes, amax, j, ISA: tl.constexpr):
+    steps = (255 - codes) * j[:, None]
+    octaves = steps // LOG8_STEPS
+    power = exp2((steps - octaves * LOG8_STEPS).to(tl.float32) * (-1.0 / LOG8_STEPS), ISA)
+    return tl.where(codes > 0, _times_power(amax[:, None], power, octaves), 0.0)
+
+
+@triton.jit
+def _decode_float8(codes, amax, k16, CODEC: tl.constexpr, ISA: tl.constexpr):
+    M: tl.constexpr = codec_constant(CODEC, "mantissa_bits")
+    BIAS: tl.constexpr = codec_constant(CODEC, "bias")
+    MAX: tl.constexpr = codec_constant(CODEC, "max")
+    magnitude = codes & 0x7F
+    # the code's bits at the top of a float32: the product moves the exponent's bias and normalises subnormals
+    value = float_of(magnitude << (23 - M)) * 2.0 ** (127 - BIAS)
+    if codec_constant(CODEC, "expand"):
+        # log2(q / max) as an integer e <= 0 and a fraction: the integer is divided by k exactly
+        TOP: tl.constexpr = codec_constant(CODEC, "max_code") >> M
+        bits = bits_of(value)
+        fraction = log2(float_of((bits & 0x7FFFFF) | 0x3F800000) * (2.0 ** (TOP - BIAS) / MAX), ISA)
+        inverse = reciprocal(k16.to(tl.float32), ISA)[:, None]
+        sixteenths = small_int_to_float(tl.maximum((127 + TOP - BIAS) - (bits >> 23), 0) * 16)
+        rounded = sixteenths * inverse + MAGIC
+        rest = sixteenths - (rounded - MAGIC) * k16.to(tl.float32)[:, None]
+        power = exp2(fraction * (16 * inverse) - rest * inverse, ISA)
+        value = tl.where(magnitude == 0, 0.0, _times_power(amax[:, None], power, bits_of(rounded) - MAGIC_BITS))
+    else:
+        value = value * tl.div_rn(amax, amax * 0.0 + MAX)[:, None]
+    value = float_of(tl.where(magnitude > codec_constant(CODEC, "max_code"), 0x7FC00000, bits_of(value)))
+    return tl.where(codes >= 0x80, -value, value)
+
+
+@triton.jit
+def decode_factors(codes, amax, k16, CODEC: tl.constexpr, SIGNED: tl.constexpr, ISA: tl.constexpr):
+    """`factor` [rows, G] and `scale` [rows] whose product is the decoded value of plain groups; non-finite for NaN codes.
+
+    The caller folds its own per-group constants into `scale`.
+    """
+    if CODEC == LOG8:
+        # the exponent of amax goes into the exponential, which would underflow by itself for v over 126 octaves under amax
+        bits = bits_of(amax)
+        exponent = small_int_to_float(bits >> 23) - 127.0
+        steps = tl.where(codes == 0, -30000000.0, codes.to(tl.float32) - 255.0) if ISA == PORTABLE else steps_below_top(codes)
+        factor = exp2(steps * (small_int_to_float(k16) * (1.0 / LOG8_STEPS))[:, None] + exponent[:, None], ISA)
+        return factor, float_of((bits & 0x7FFFFF) | 0x3F800000)
+    elif ISA == PTX_FP8 and codec_constant(CODEC, "expand") and codec_constant(CODEC, "mantissa_bits") == 3:
+        inverse_k = 16.0 * reciprocal(small_int_to_float(k16), ISA)
+        return e4m3_power(codes, tl.broadcast_to(inverse_k[:, None], codes.shape), SIGNED), amax
+    else:
+        return decode_checked(codes, amax, k16, CODEC, ISA), amax * 0.0 + 1.0
+
+
+# --- encode
+
+
+@triton.jit
+def _round_to_code(magnitude, CODEC: tl.constexpr):
+    """int32 code of the nearest FP8 value to `magnitude` >= 0, ties to even, saturating; integer arithmetic, bit-exact everywhere."""
+    M: tl.constexpr = codec_constant(CODEC, "mantissa_bits")
+    BIAS: tl.constexpr = codec_constant(CODEC, "bias")
+    magnitude = tl.minimum(magnitude, 1.0 * codec_constant(CODEC, "max"))
+    bits = bits_of(magnitude)
+    normal = ((bits + ((1 << (22 - M)) - 1) + ((bits >> (23 - M)) & 1)) >> (23 - M)) - ((127 - BIAS) << M)
+    # adding 2^23 smallest steps leaves the count of steps, rounded to even, in the low bits
+    subnormal = bits_of(magnitude + MAGIC * codec_constant(CODEC, "min_subnormal")) & 0xFF
+    return tl.where(bits < ((128 - BIAS) << 23), subnormal, normal)
+
+
+@triton.jit
+def encode_plain(
+    x, max_bits, spread, key, first, offsets, CODEC: tl.constexpr, SIGNED: tl.constexpr, STOCHASTIC: tl.constexpr, ISA: tl.constexpr
+):
+    """uint8 codes of plain groups and the metadata byte as int32 [rows]. FP8 codes are rounded to nearest."""
+    metadata = _metadata(spread, max_bits, CODEC, ISA)
+    # a group of zeros has no logarithm: any finite one keeps its elements at log2(0) = -inf
+    top = tl.maximum(log2(float_of(max_bits), ISA), -149.0)
+    if CODEC == LOG8:
+        slope = reciprocal(metadata, ISA) * LOG8_STEPS
+        y = log2(x, ISA) * slope[:, None] + (255.0 - slope * top)[:, None]
+        if STOCHASTIC:
+            curve = tl.broadcast_to(_curve(metadata, ISA)[:, None], x.shape)
+            if ISA == PORTABLE:
+                codes = _dithered(tl.maximum(y, 0.0), curve, uniform8(key, first, offsets)).to(tl.uint8)
+            else:
+                codes = pack_dithered(y, curve, words(key, (first >> 2) + (offsets >> 2)))
+        elif ISA == PORTABLE:
+            codes = bits_of(tl.maximum(y, 0.0) + MAGIC).to(tl.uint8)
+        else:
+            codes = pack_bytes(y)
+    else:
+        k = metadata * (1.0 / 16)
+        y = log2(tl.abs(x), ISA) * k[:, None] + (log2_of(codec_constant(CODEC, "max")) - k * top)[:, None]
+        if ISA == PTX_FP8:
+            codes = pack_float8(exp2(y, ISA), x if SIGNED else tl.abs(x), codec_constant(CODEC, "mantissa_bits"))
+        else:
+            codes = (_round_to_code(exp2(y, ISA), CODEC) | ((bits_of(x) >> 24) & 0x80)).to(tl.uint8)
+    return codes, bits_of(metadata + MAGIC) & 0xFF
+
+
+@triton.jit
+def _curve(j, ISA: tl.constexpr):
+    """4·(1/2 - h), h = 1 / (1 + 2^(j/500)), of float32 j [rows]."""
+    return 2.0 - 4.0 * reciprocal(1.0 + exp2(j * (0.5 / LOG8_STEPS), ISA), ISA)
+
+
+@triton.jit
+def _dithered(y, curve, u):
+    below = tl.floor(y)
+    f = y - below
+    return (below + tl.where(u < f - curve * f * (1 - f), 1.0, 0.0)).to(tl.int32)
+
+
+@triton.jit
+def _dithered_float8(code, magnitude, amax, k16, u, CODEC: tl.constexpr, ISA: tl.constexpr):
+    """Codes rounded up or down by chance in the linear domain, from the nearest."""
+    below = tl.maximum(code - (decode_checked(code, amax, k16, CODEC, ISA) > magnitude).to(tl.int32), 0)
+    above = tl.minimum(below + 1, codec_constant(CODEC, "max_code"))
+    low = decode_checked(below, amax, k16, CODEC, ISA)
+    high = decode_checked(above, amax, k16, CODEC, ISA)
+    probability = tl.where(high > low, (magnitude - low) / tl.where(high > low, high - low, 1.0), 0.0)
+    return tl.where(u < probability, above, below)
+
+
+@triton.jit
+def encode_checked(x, key, first, offsets, CODEC: tl.constexpr, SIGNED: tl.constexpr, STOCHASTIC: tl.constexpr, ISA: tl.constexpr):
+    """Codes uint8 [rows, G], amax float32 [rows] and the metadata byte as int32 [rows] of any float32 x.
+
+    `key`, `first` (element number of the tile's start, a multiple of 4) and `offsets` feed the generator and count in STOCHASTIC only.
+    Padding must be zeros: they count for nothing.
+    """
+    max_bits, spread = _group_range(x)
+    amax = float_of(max_bits)
+    metadata = _metadata(spread, max_bits, CODEC, ISA)
+    finite = (bits_of(x) & 0x7FFFFFFF) < INF_BITS
+    magnitude = tl.where(finite, tl.abs(x), 0.0)
+    u = magnitude
+    if STOCHASTIC:
+        u = uniform8(key, first, offsets)
+    if CODEC == LOG8:
+        codes = _encode_log8(magnitude, amax, metadata, u, STOCHASTIC, ISA)
+        codes = tl.where(finite & (x > 0), codes, 0)
+    else:
+        codes = _encode_float8(magnitude, amax, metadata, u, CODEC, SIGNED, STOCHASTIC, ISA)
+        codes |= tl.where((x < 0) & (codes > 0), 0x80, 0)
+        codes = tl.where(finite, codes, _NAN_CODE)
+    return codes.to(tl.uint8), amax, bits_of(metadata + MAGIC) & 0xFF
+
+
+@triton.jit
+def _log2_below_top(magnitude, amax, ISA: tl.constexpr):
+    """log2(magnitude / amax); for zeros a number under any code's."""
+    # groups under 2^-63 are lifted by 2^80, out of the subnormals that the logarithm unit flushes
+    lift = tl.where(amax < 2.0**-63, 2.0**80, 1.0)
+    top = tl.maximum(log2(amax * lift, ISA), -149.0)
+    return tl.maximum(log2(magnitude * lift[:, None], ISA) - top[:, None], -300.0)
+
+
+@triton.jit
+def _encode_log8(magnitude, amax, metadata, u, STOCHASTIC: tl.constexpr, ISA: tl.constexpr):
+    slope = reciprocal(metadata, ISA) * LOG8_STEPS
+    y = tl.minimum(tl.maximum(255.0 + _log2_below_top(magnitude, amax, ISA) * slope[:, None], 1.0), 255.0)
+    if STOCHASTIC:
+        return _dithered(y, _curve(metadata, ISA)[:, None], u)
+    else:
+        return bits_of(y + MAGIC) & 0xFF
+
+
+@triton.jit
+def _encode_float8(magnitude, amax, metadata, u, CODEC: tl.constexpr, SIGNED: tl.constexpr, STOCHASTIC: tl.constexpr, ISA: tl.constexpr):
+    if codec_constant(CODEC, "expand"):
+        y = _log2_below_top(magnitude, amax, ISA) * (metadata * (1.0 / 16))[:, None] + log2_of(codec_constant(CODEC, "max"))
+        codes = _round_to_code(exp2(y, ISA), CODEC)
+    else:
+        scale = tl.div_rn(amax, amax * 0.0 + codec_constant(CODEC, "max"))
+        quotient = tl.div_rn(magnitude, tl.broadcast_to(tl.where(scale > 0, scale, 1.0)[:, None], magnitude.shape))
+        codes = tl.where((scale == 0)[:, None], 1, _round_to_code(quotient, CODEC))
+    codes = tl.where(magnitude > 0, codes, 0)
+    if STOCHASTIC:
+        codes = _dithered_float8(codes, magnitude, amax, bits_of(metadata + MAGIC) & 0xFF, u, CODEC, ISA)
+    if codec_constant(CODEC, "expand") or not SIGNED:
+        codes = tl.maximum(codes, (magnitude > 0).to(tl.int32))
+    return codes

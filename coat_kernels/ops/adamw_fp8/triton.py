@@ -1,0 +1,429 @@
+"""The fused AdamW step on a GPU: one launch for all tensors of a bucket, over its device table of pointers.
+
+A program is one warp on 512 elements (four groups of 128): 16 elements a thread, so a group's reductions are three shuffles and
+need no barrier. Whole tiles of regular numbers take the plain path, without masks and special cases. What is left (tails,
+parameters or gradients at unaligned addresses, groups with NaN, inf, subnormals or a range over 32 octaves) is done again from
+memory by the checked path, one group at a time so that it costs the plain one no registers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ...formats import num_groups
+from ...formats.codecs import STREAM_EXP_AVG, STREAM_EXP_AVG_SQ, STREAM_PARAM
+from ...formats.parameters import PARAM_ROUNDINGS
+from ...formats.triton import (
+    FLOAT32,
+    LOG8,
+    decode_checked,
+    decode_factors,
+    encode_checked,
+    encode_plain,
+    has_plain_form,
+    plain_range,
+)
+from ...formats.triton_launch import device_guard, instruction_set, signed32, tl_dtype
+from ...formats.triton_params import PARAM_SPLIT, PARAM_STOCHASTIC, load_param, store_param, stream_key
+from ...formats.triton_ptx import bits_of, float_of, scaled_reciprocal, sqrt
+from ..pointer_table import COLUMNS
+from .settings import Hyperparameters, StateFormat
+
+_TILE = tl.constexpr(512)
+_ROWS_A_PROGRAM = 32
+_COLUMNS = tl.constexpr(len(COLUMNS))
+_PARAM, _GRAD = tl.constexpr(COLUMNS.index("param")), tl.constexpr(COLUMNS.index("grad"))
+_EXP_AVG, _EXP_AVG_SQ = tl.constexpr(COLUMNS.index("exp_avg")), tl.constexpr(COLUMNS.index("exp_avg_sq"))
+_AMAX, _K16, _RESIDUAL = tl.constexpr(COLUMNS.index("amax")), tl.constexpr(COLUMNS.index("k16")), tl.constexpr(COLUMNS.index("residual"))
+_STEP, _NUMEL, _INDEX = tl.constexpr(COLUMNS.index("step")), tl.constexpr(COLUMNS.index("numel")), tl.constexpr(COLUMNS.index("index"))
+_STREAM_M, _STREAM_V, _STREAM_P = tl.constexpr(STREAM_EXP_AVG), tl.constexpr(STREAM_EXP_AVG_SQ), tl.constexpr(STREAM_PARAM)
+_FLOAT32_MAX = tl.constexpr(torch.finfo(torch.float32).max)
+
+
+@triton.jit
+def advance_kernel(
+    table_ptr,  # int64 [n_rows, 10]
+    corrections_ptr,  # float32 [n_rows, 4]
+    n_rows,
+    lr,  # float32, or a pointer to one
+    found_inf_ptr,  # float32 [1] or None
+    log_beta1,
+    log_beta1_rest,
+    log_beta2,
+    log_beta2_rest,
+    weight_decay,
+    plain_limit,  # of (sqrt(v)·root)^2
+    LR_IS_TENSOR: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """step += 1; corrections = lr/(1 - beta1^step), 1/sqrt(1 - beta2^step), 1 - lr·weight_decay, and the v that is too large.
+
+    In float64: 1 - beta^t cancels. ln(beta) comes as two float32.
+    """
+    if found_inf_ptr is not None and tl.load(found_inf_ptr) != 0:
+        return
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    mask = row < n_rows
+    step_ptr = tl.load(table_ptr + row.to(tl.int64) * _COLUMNS + _STEP, mask=mask, other=0).to(tl.pointer_type(tl.float32))
+    step = tl.load(step_ptr, mask=mask, other=0.0) + 1.0
+    tl.store(step_ptr, step, mask=mask)
+    if LR_IS_TENSOR:
+        lr = tl.load(lr)
+    t = step.to(tl.float64)
+    correction1 = 1.0 - tl.exp(t * log_beta1 + t * log_beta1_rest)
+    correction2 = 1.0 - tl.exp(t * log_beta2 + t * log_beta2_rest)
+    out = corrections_ptr + row.to(tl.int64) * 4
+    tl.store(out, (lr / correction1).to(tl.float32), mask=mask)
+    tl.store(out + 1, (1.0 / tl.sqrt(correction2)).to(tl.float32), mask=mask)
+    tl.store(out + 2, step * 0.0 + (1.0 - lr * weight_decay), mask=mask)
+    tl.store(out + 3, (correction2 * plain_limit).to(tl.float32), mask=mask)
+
+
+@triton.jit
+def _address(row_ptr, COLUMN: tl.constexpr, DTYPE: tl.constexpr):
+    return tl.load(row_ptr + COLUMN).to(tl.pointer_type(DTYPE))
+
+
+@triton.jit
+def _decode(state, amax, k16, CODEC: tl.constexpr, SIGNED: tl.constexpr, CHECKED: tl.constexpr, ISA: tl.constexpr):
+    """`factor` [rows, G] and `scale` [rows], whose product is the moment."""
+    if CODEC == FLOAT32:
+        return state, amax * 0.0 + 1.0
+    elif CHECKED:
+        return decode_checked(state, amax, k16, CODEC, ISA), amax * 0.0 + 1.0
+    else:
+        return decode_factors(state, amax, k16, CODEC, SIGNED, ISA)
+
+
+@triton.jit
+def _step_groups(
+    pointers,  # param, grad, exp_avg, exp_avg_sq, amax, k16, residual at the first group
+    first,  # element number of the first group's start, int64
+    left,  # elements from there to the tensor's end
+    corrections,  # step_size, root, decay, v_limit: a row of `advance_kernel`'s
+    grad_factor,
+    betas,  # beta1, 1 - beta1, beta2, 1 - beta2
+    eps,
+    keys,  # of the streams of exp_avg, exp_avg_sq, param
+    M_CODEC: tl.constexpr,
+    V_CODEC: tl.constexpr,
+    M_STOCHASTIC: tl.constexpr,
+    V_STOCHASTIC: tl.constexpr,
+    PARAM_ROUNDING: tl.constexpr,
+    SCALED_GRAD: tl.constexpr,
+    G: tl.constexpr,
+    ROWS: tl.constexpr,
+    CHECKED: tl.constexpr,
+    ISA: tl.constexpr,
+):
+    """AdamW on ROWS groups; returns a non-negative int32, with nothing stored, where they must be done by CHECKED instead.
+
+    CHECKED takes any numbers and masks what lies past the tensor's end; the plain form does neither.
+    """
+    param_ptr, grad_ptr, m_ptr, v_ptr, amax_ptr, k16_ptr, residual_ptr = pointers
+    step_size, root, decay, v_limit = corrections
+    beta1, rest1, beta2, rest2 = betas
+    m_key, v_key, param_key = keys
+    QUANTIZED: tl.constexpr = M_CODEC != FLOAT32 or V_CODEC != FLOAT32
+    # FP8 codes rounded by chance have no plain form
+    M_PLAIN: tl.constexpr = not CHECKED and has_plain_form(M_CODEC) and not M_STOCHASTIC
+    V_PLAIN: tl.constexpr = not CHECKED and has_plain_form(V_CODEC) and (V_CODEC == LOG8 or not V_STOCHASTIC)
+    rows = tl.arange(0, ROWS)
+    offsets = rows[:, None] * G + tl.arange(0, G)[None, :]
+    mask = offsets < left if CHECKED else None
+    other = 0 if CHECKED else None
+
+    m_state = tl.load(m_ptr + offsets, mask=mask, other=other)
+    v_state = tl.load(v_ptr + offsets, mask=mask, other=other)
+    g = tl.load(grad_ptr + offsets, mask=mask, other=other).to(tl.float32)
+    stored = tl.load(param_ptr + offsets, mask=mask, other=other)
+    residual = stored
+    if PARAM_ROUNDING == PARAM_SPLIT:
+        residual = tl.load(residual_ptr + offsets, mask=mask, other=other)
+    m_amax = rows * 0.0
+    v_amax = m_amax
+    m_k16 = rows * 0
+    v_k16 = m_k16
+    if QUANTIZED:
+        # both moments' metadata in one access each
+        amax_pair = tl.load(amax_ptr + rows)
+        k16_pair = tl.load(k16_ptr + rows).to(tl.int32)
+        m_amax, v_amax = float_of(amax_pair.to(tl.int32)), float_of((amax_pair >> 32).to(tl.int32))
+        m_k16, v_k16 = k16_pair & 0xFF, k16_pair >> 8
+
+    if SCALED_GRAD:
+        g = g * grad_factor
+    factor, scale = _decode(m_state, m_amax, m_k16, M_CODEC, True, CHECKED, ISA)
+    m = factor * (scale * beta1)[:, None] + rest1 * g
+    factor, scale = _decode(v_state, v_amax, v_k16, V_CODEC, False, CHECKED, ISA)
+    v = factor * (scale * beta2)[:, None] + (rest2 * g) * g
+
+    irregular = rows * 0 - 1
+    m_bits = rows * 0
+    v_bits = m_bits
+    m_spread = m_bits
+    v_spread = m_bits
+    if M_PLAIN:
+        m_bits, m_spread, irregular = plain_range(m, M_CODEC, ISA)
+    if V_PLAIN:
+        v_bits, v_spread, v_irregular = plain_range(v, V_CODEC, ISA)
+        irregular = tl.maximum(irregular, tl.maximum(v_irregular, v_bits - bits_of(v_limit)))
+    irregular = tl.max(irregular, axis=0)
+    if irregular < 0:
+        p = load_param(stored, residual, PARAM_ROUNDING) * decay
+        if V_PLAIN:
+            p -= m * scaled_reciprocal(sqrt(v, ISA) * root + eps, tl.broadcast_to(step_size, v.shape), ISA)
+        else:
+            p -= step_size * (m / (tl.sqrt_rn(v) * root + eps))
+        new_param, new_residual = store_param(p, param_key, first, offsets, param_ptr.dtype.element_ty, PARAM_ROUNDING, ISA)
+        tl.store(param_ptr + offsets, new_param, mask=mask)
+        if PARAM_ROUNDING == PARAM_SPLIT:
+            tl.store(residual_ptr + offsets, new_residual, mask=mask)
+        m_codes, m_top, m_byte = _encode(
+            m, g, m_bits, m_spread, m_amax, m_k16, m_key, first, offsets, M_CODEC, True, M_STOCHASTIC, M_PLAIN, ISA
+        )
+        v_codes, v_top, v_byte = _encode(
+            v, g, v_bits, v_spread, v_amax, v_k16, v_key, first, offsets, V_CODEC, False, V_STOCHASTIC, V_PLAIN, ISA
+        )
+        tl.store(m_ptr + offsets, m_codes, mask=mask)
+        tl.store(v_ptr + offsets, v_codes, mask=mask)
+        if QUANTIZED:
+            low = bits_of(m_top).to(tl.uint32, bitcast=True).to(tl.int64)
+            tl.store(amax_ptr + rows, low | (bits_of(v_top).to(tl.int64) << 32))
+            tl.store(k16_ptr + rows, (m_byte | (v_byte << 8)).to(tl.uint16))
+    return irregular
+
+
+@triton.jit
+def _encode(
+    x,
+    g,
+    max_bits,
+    spread,
+    amax,
+    k16,
+    key,
+    first,
+    offsets,
+    CODEC: tl.constexpr,
+    SIGNED: tl.constexpr,
+    STOCHASTIC: tl.constexpr,
+    PLAIN: tl.constexpr,
+    ISA: tl.constexpr,
+):
+    """State, amax and metadata byte as stored; the `float32` codec leaves the metadata as it was.
+
+    A finite gradient whose square overflows: the update stands still, as torch's does, and what is stored of v stays a number.
+    """
+    if not SIGNED and not PLAIN:
+        x = tl.where((tl.abs(g) < float("inf")) & (x > _FLOAT32_MAX), _FLOAT32_MAX, x)
+    if CODEC == FLOAT32:
+        return x, amax, k16
+    elif PLAIN:
+        codes, k16_new = encode_plain(x, max_bits, spread, key, first, offsets, CODEC, SIGNED, STOCHASTIC, ISA)
+        return codes, float_of(max_bits), k16_new
+    else:
+        return encode_checked(x, key, first, offsets, CODEC, SIGNED, STOCHASTIC, ISA)
+
+
+@triton.jit(do_not_specialize=["seed"])
+def step_kernel(
+    table_ptr,  # int64 [n_rows, 10]
+    tiles_ptr,  # int32 [n_tiles, 2]: row of the table, first group
+    corrections_ptr,  # float32 [n_rows, 4]
+    grad_scale_ptr,  # float32 [1] or None
+    found_inf_ptr,  # float32 [1] or None
+    beta1,
+    rest1,
+    beta2,
+    rest2,
+    eps,
+    seed,
+    PARAM_DTYPE: tl.constexpr,
+    GRAD_DTYPE: tl.constexpr,
+    M_CODEC: tl.constexpr,
+    V_CODEC: tl.constexpr,
+    M_STOCHASTIC: tl.constexpr,
+    V_STOCHASTIC: tl.constexpr,
+    PARAM_ROUNDING: tl.constexpr,
+    MAXIMIZE: tl.constexpr,
+    G: tl.constexpr,
+    ISA: tl.constexpr,
+):
+    """p -= step_size · m / (sqrt(v) · root + eps) after p *= decay, with m and v the un-quantized new moments."""
+    if found_inf_ptr is not None and tl.load(found_inf_ptr) != 0:
+        return
+    tile_ptr = tiles_ptr + tl.program_id(0).to(tl.int64) * 2
+    row = tl.load(tile_ptr).to(tl.int64)
+    group = tl.load(tile_ptr + 1).to(tl.int64)
+    row_ptr = table_ptr + row * _COLUMNS
+    left = tl.load(row_ptr + _NUMEL) - group * G
+    corrections_ptr += row * 4
+    corrections = (tl.load(corrections_ptr), tl.load(corrections_ptr + 1), tl.load(corrections_ptr + 2), tl.load(corrections_ptr + 3))
+    betas = (beta1, rest1, beta2, rest2)
+    grad_factor = 1.0
+    if grad_scale_ptr is not None:
+        grad_factor = 1.0 / tl.load(grad_scale_ptr)
+    if MAXIMIZE:
+        grad_factor = -grad_factor
+    SCALED_GRAD: tl.constexpr = MAXIMIZE or grad_scale_ptr is not None
+
+    m_key = tl.full([], 0, tl.uint32)
+    v_key = m_key
+    param_key = m_key
+    if M_STOCHASTIC or V_STOCHASTIC or PARAM_ROUNDING == PARAM_STOCHASTIC:
+        step = tl.load(_address(row_ptr, _STEP, tl.float32)).to(tl.int32)
+        index = tl.load(row_ptr + _INDEX)
+        m_key = stream_key(seed, step, index, _STREAM_M)
+        v_key = stream_key(seed, step, index, _STREAM_V)
+        param_key = stream_key(seed, step, index, _STREAM_P)
+    keys = (m_key, v_key, param_key)
+
+    ROWS: tl.constexpr = _TILE // G
+    first = group * G
+    params = _address(row_ptr, _PARAM, PARAM_DTYPE)
+    grads = _address(row_ptr, _GRAD, GRAD_DTYPE)
+    exp_avgs = _address(row_ptr, _EXP_AVG, tl.float32 if M_CODEC == FLOAT32 else tl.uint8)
+    exp_avg_sqs = _address(row_ptr, _EXP_AVG_SQ, tl.float32 if V_CODEC == FLOAT32 else tl.uint8)
+    amaxs = _address(row_ptr, _AMAX, tl.int64)
+    k16s = _address(row_ptr, _K16, tl.uint16)
+    residuals = _address(row_ptr, _RESIDUAL, tl.int8)
+
+    pending = tl.minimum(tl.cdiv(left, G), ROWS).to(tl.int32)
+    aligned = ((params.to(tl.int64) | grads.to(tl.int64)) & 15) == 0
+    if aligned & (left >= _TILE):
+        # What Triton cannot know of addresses read from memory; without it every access is of one element. The hint marks the
+        # operation that makes the address: the additions here must not be those that the checked path uses.
+        pointers = (
+            tl.multiple_of(params + first, 16),
+            tl.multiple_of(grads + first, 16),
+            tl.multiple_of(exp_avgs + first, 16),
+            tl.multiple_of(exp_avg_sqs + first, 16),
+            amaxs + group,
+            k16s + group,
+            tl.multiple_of(residuals + first, 16),
+        )
+        irregular = _step_groups(
+            pointers, first, left, corrections, grad_factor, betas, eps, keys, M_CODEC, V_CODEC, M_STOCHASTIC, V_STOCHASTIC,
+            PARAM_ROUNDING, SCALED_GRAD, G, ROWS, False, ISA,
+        )  # fmt: skip
+        pending = tl.where(irregular < 0, 0, pending)
+    for i in range(pending):
+        at = first + i * G
+        pointers = (
+            params + at,
+            grads + at,
+            exp_avgs + at,
+            exp_avg_sqs + at,
+            amaxs + (group + i),
+            k16s + (group + i),
+            residuals + at,
+        )
+        _step_groups(
+            pointers, at, left - i * G, corrections, grad_factor, betas, eps, keys, M_CODEC, V_CODEC, M_STOCHASTIC,
+            V_STOCHASTIC, PARAM_ROUNDING, SCALED_GRAD, G, 1, True, ISA,
+        )  # fmt: skip
+
+
+def make_tiles(numels: Sequence[int], group_size: int) -> Tensor:
+    """int32 [n_tiles, 2] on the host: for each program its row of the table and its first group.
+
+    Args:
+        numels: elements of each row's tensor.
+        group_size: elements a group.
+    """
+    groups_a_tile = _TILE.value // group_size
+    counts = np.array([-(-num_groups(n, group_size) // groups_a_tile) for n in numels], dtype=np.int64)
+    tiles = np.empty((int(counts.sum()), 2), dtype=np.int32)
+    tiles[:, 0] = np.repeat(np.arange(len(counts)), counts)
+    tiles[:, 1] = (np.arange(len(tiles)) - np.repeat(np.cumsum(counts) - counts, counts)) * groups_a_tile
+    return torch.from_numpy(tiles)
+
+
+def _log_pair(beta: float) -> tuple[float, float]:
+    """ln(beta) as two float32 numbers; beta = 0 forgets within a step, which e^-10000 does too."""
+    log = math.log(beta) if beta > 0 else -1e4
+    high = float(np.float32(log))
+    return high, log - high
+
+
+def _plain_limit(eps: float) -> float:
+    """(sqrt(v)·root)^2 from which on two denominators may not share a reciprocal; 0 where eps alone rules it out."""
+    return 2.0**78 if 2.0**-60 <= eps <= 2.0**38 else 0.0
+
+
+def step(
+    table: Tensor,
+    tiles: Tensor,
+    corrections: Tensor,
+    fmt: StateFormat,
+    hyper: Hyperparameters,
+    *,
+    param_dtype: torch.dtype,
+    grad_dtype: torch.dtype,
+) -> None:
+    """Advance every row of `table` by one step, in place, without synchronising; nothing changes where `found_inf` is set.
+
+    Args:
+        table: int64 [n_rows, 10] on the device, the columns of `pointer_table.COLUMNS`. All addresses are multiples of 16 but
+            those of steps, and of params and grads, which may be aligned to their elements only.
+        tiles: `make_tiles` of the rows' sizes, on the device.
+        corrections: float32 [n_rows, 4] scratch on the device.
+        hyper: `lr` a float or a 0-dim tensor; `grad_scale` and `found_inf` of one float32 element on the device.
+    """
+    if not len(tiles) and not len(table):
+        return
+    lr = hyper.lr
+    if isinstance(lr, Tensor) and lr.device != table.device:
+        lr = float(lr)
+    log1, log1_rest = _log_pair(hyper.beta1)
+    log2, log2_rest = _log_pair(hyper.beta2)
+    with device_guard(table):
+        advance_kernel[(triton.cdiv(len(table), _ROWS_A_PROGRAM),)](
+            table,
+            corrections,
+            len(table),
+            lr,
+            hyper.found_inf,
+            log1,
+            log1_rest,
+            log2,
+            log2_rest,
+            hyper.weight_decay,
+            _plain_limit(hyper.eps),
+            LR_IS_TENSOR=isinstance(lr, Tensor),
+            ROWS=_ROWS_A_PROGRAM,
+            num_warps=1,
+        )
+        if len(tiles):
+            step_kernel[(len(tiles),)](
+                table,
+                tiles,
+                corrections,
+                hyper.grad_scale,
+                hyper.found_inf,
+                hyper.beta1,
+                1 - hyper.beta1,
+                hyper.beta2,
+                1 - hyper.beta2,
+                hyper.eps,
+                signed32(fmt.seed),
+                PARAM_DTYPE=tl_dtype(param_dtype),
+                GRAD_DTYPE=tl_dtype(grad_dtype),
+                M_CODEC=fmt.exp_avg.index,
+                V_CODEC=fmt.exp_avg_sq.index,
+                M_STOCHASTIC=fmt.exp_avg_rounding == "stochastic",
+                V_STOCHASTIC=fmt.exp_avg_sq_rounding == "stochastic",
+                PARAM_ROUNDING=PARAM_ROUNDINGS.index(fmt.param_rounding),
+                MAXIMIZE=hyper.maximize,
+                G=fmt.group_size,
+                ISA=instruction_set(table),
+                num_warps=1,
+            )

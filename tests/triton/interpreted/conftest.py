@@ -1,0 +1,36 @@
+"""These tests run in Triton's interpreter, which is chosen before triton is imported: `../test_interpreter.py` starts them."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+PTX = os.environ.get("COAT_TEST_ISA") == "ptx"
+
+collect_ignore_glob = [] if INTERPRETED else ["test_*.py"]
+
+if INTERPRETED:
+    # logarithms of zeros are part of the formats
+    np.seterr(all="ignore")
+    sys.path.insert(0, str(Path(__file__).parent.parent))
+
+if INTERPRETED and PTX:
+    import ptx_interpreter
+
+    ptx_interpreter.install()
+
+
+@pytest.fixture(autouse=True)
+def _instruction_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels take the assembly that sm_89 and later run, or the portable operations."""
+    from coat_kernels.formats.triton_ptx import PORTABLE, PTX_FP8
+    from coat_kernels.ops.adamw_fp8 import triton as adamw_fp8
+    from coat_kernels.ops.group_quant import triton as group_quant
+
+    for module in (adamw_fp8, group_quant):
+        monkeypatch.setattr(module, "instruction_set", lambda _: (PTX_FP8 if PTX else PORTABLE).value)
