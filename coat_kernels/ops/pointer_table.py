@@ -14,8 +14,6 @@ from torch import Tensor
 
 #: Column order is a contract with csrc/cpu/adamw_fp8.cpp and ops/adamw_fp8/triton.py.
 COLUMNS = ("param", "grad", "exp_avg", "exp_avg_sq", "amax", "k16", "residual", "step", "numel", "index")
-_PARAM, _GRAD = COLUMNS.index("param"), COLUMNS.index("grad")
-
 _data_ptr = Tensor.data_ptr
 
 
@@ -33,9 +31,8 @@ class PointerTable:
 
     def __init__(self, columns: dict[str, list[int]], device: torch.device) -> None:
         self.device = device
-        self.param_addresses = columns["param"]
-        self.grad_addresses = columns["grad"]
-        self.rows = len(self.param_addresses)
+        self._addresses = {name: columns[name] for name in ("param", "grad")}
+        self.rows = len(columns["param"])
         # `torch.tensor` of a list of 1,000 rows costs 1 to 2 ms; filling numpy columns costs 13 us each.
         self.host = torch.empty(self.rows, len(COLUMNS), dtype=torch.int64)
         self._numpy = self.host.numpy()
@@ -45,20 +42,22 @@ class PointerTable:
         self._in_flight: deque[tuple[torch.cuda.Event, Tensor]] = deque()
         self._captured: list[Tensor] = []
 
-    def set_params(self, params: Sequence[Tensor]) -> None:
-        """Point the table at these parameters."""
-        self.param_addresses = self._set(_PARAM, self.param_addresses, params)
+    def set_params(self, params: Sequence[Tensor]) -> bool:
+        """Point the table at these parameters; whether any address is new."""
+        return self._set("param", params)
 
-    def set_grads(self, grads: Sequence[Tensor]) -> None:
-        """Point the table at these gradients."""
-        self.grad_addresses = self._set(_GRAD, self.grad_addresses, grads)
+    def set_grads(self, grads: Sequence[Tensor]) -> bool:
+        """Point the table at these gradients; whether any address is new."""
+        return self._set("grad", grads)
 
-    def _set(self, column: int, current: list[int], tensors: Sequence[Tensor]) -> list[int]:
+    def _set(self, name: str, tensors: Sequence[Tensor]) -> bool:
         new = addresses(tensors)
-        if new != current:
-            self._numpy[:, column] = new
-            self._uploaded = None
-        return new
+        if new == self._addresses[name]:
+            return False
+        self._addresses[name] = new
+        self._numpy[:, COLUMNS.index(name)] = new
+        self._uploaded = None
+        return True
 
     def on_device(self) -> Tensor:
         """The table on its device, uploaded on the current stream if anything changed.

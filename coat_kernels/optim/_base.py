@@ -116,9 +116,9 @@ class LowBitOptimizer(Optimizer):
     def _run(self, key: Any, group: dict[str, Any], params: list[Tensor]) -> None:
         grads = gradients(params)
         plan = self._plans.get(key)
-        if plan is None or not plan.fits(params, grads):
+        if plan is None or not plan.prepare(params, grads):
             plan = self._plans[key] = self._build_plan(group, params, grads)
-        plan.run(self._hyperparameters(group))
+        plan.run(params, grads, self._hyperparameters(group))
 
     def _build_plan(self, group: dict[str, Any], params: list[Tensor], grads: list[Any]) -> Plan:
         use_reference = group["fused"] is False or (group["fused"] is None and group["foreach"] is False)
@@ -146,7 +146,7 @@ class LowBitOptimizer(Optimizer):
                     use_reference=use_reference,
                 )
             )
-        return Plan(list(params), grads, launches)
+        return Plan(params, grads, launches)
 
     def _check_gradient(self, param: Tensor, grad: Tensor, group: dict[str, Any]) -> None:
         name = type(self).__name__

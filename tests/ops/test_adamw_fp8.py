@@ -104,7 +104,7 @@ def test_agrees_with_the_reference_and_torch(first: str, second: str, device: to
     bucket = Bucket(params, grads, state, fmt)
     for step in range(1, 11):
         before, old = [p.clone() for p in params], copy_state(state)
-        bucket.step(HYPER)
+        bucket.step(HYPER, grads)
         check_against_reference(before, grads, params, old, state, fmt, HYPER, device)
         for t, g, (m, v), p in zip(twins, grads, moments, params, strict=True):
             g = g.double().cpu()
@@ -128,7 +128,7 @@ def test_group_sizes(second: str, group_size: int, device: torch.device) -> None
     bucket = Bucket(params, grads, state, fmt)
     for _ in range(3):
         before, old = [p.clone() for p in params], copy_state(state)
-        bucket.step(HYPER)
+        bucket.step(HYPER, grads)
         check_against_reference(before, grads, params, old, state, fmt, HYPER, device)
 
 
@@ -150,7 +150,7 @@ def test_sixteen_bit_parameters(dtype, rounding: str, grad_dtype, device: torch.
     bucket = Bucket(params, grads, state, fmt)
     for step in range(1, 4):
         before, old = [p.clone() for p in params], copy_state(state)
-        bucket.step(HYPER)
+        bucket.step(HYPER, grads)
         check_against_reference(before, grads, params, old, state, fmt, HYPER, device)
         for i, p in enumerate(params):
             residual = old.residuals[i] if old.residuals else None
@@ -175,7 +175,7 @@ def test_stochastic_moments_draw_as_the_reference(second: str, device: torch.dev
     bucket = Bucket(params, grads, state, fmt)
     for _ in range(3):
         before, old = [p.clone() for p in params], copy_state(state)
-        bucket.step(HYPER)
+        bucket.step(HYPER, grads)
         check_against_reference(before, grads, params, old, state, fmt, HYPER, device)
 
 
@@ -191,8 +191,8 @@ def test_a_bad_gradient_touches_its_own_element_only(second: str, bad: float, de
         clean_grads[0][position] = 0
         clean_params[0][position] = 0
         for _ in range(2):
-            Bucket(params, grads, state, fmt).step(HYPER)
-            Bucket(clean_params, clean_grads, clean_state, fmt).step(HYPER)
+            Bucket(params, grads, state, fmt).step(HYPER, grads)
+            Bucket(clean_params, clean_grads, clean_state, fmt).step(HYPER, clean_grads)
         others = torch.arange(300, device=device) != position
         assert torch.equal(params[0][others], clean_params[0][others])
         assert params[0][position].isnan()
@@ -207,7 +207,7 @@ def test_an_overflowing_second_moment_stands_still(device: torch.device) -> None
     grads[0][5] = 1e30  # finite, but its square is not
     start = params[0][5].item()
     for _ in range(3):
-        Bucket(params, grads, state, fmt).step(dataclasses.replace(HYPER, weight_decay=0.0))
+        Bucket(params, grads, state, fmt).step(dataclasses.replace(HYPER, weight_decay=0.0), grads)
     assert params[0].isfinite().all()
     assert params[0][5].item() == pytest.approx(start, abs=1e-6)
     assert decoded(state, fmt, 0)[1].isfinite().all()
@@ -218,16 +218,16 @@ def test_found_inf_changes_nothing_and_scale_divides(device: torch.device) -> No
     fmt = StateFormat(codec, codec)
     params, grads, state = make(SIZES, fmt, device)
     before, old = [p.clone() for p in params], copy_state(state)
-    Bucket(params, grads, state, fmt).step(dataclasses.replace(HYPER, found_inf=torch.ones(1, device=device)))
+    Bucket(params, grads, state, fmt).step(dataclasses.replace(HYPER, found_inf=torch.ones(1, device=device)), grads)
     assert all(map(torch.equal, params, before))
     for f in dataclasses.fields(state):
         if f.name != "indices":
             assert all(map(torch.equal, getattr(state, f.name), getattr(old, f.name)))
     plain_params, _, plain_state = make(SIZES, fmt, device)
-    Bucket(plain_params, grads, plain_state, fmt).step(HYPER)
+    Bucket(plain_params, grads, plain_state, fmt).step(HYPER, grads)
     scaled = [g * 1024 for g in grads]
     hyper = dataclasses.replace(HYPER, grad_scale=torch.full((1,), 1024.0, device=device), found_inf=torch.zeros(1, device=device))
-    Bucket(params, scaled, state, fmt).step(hyper)
+    Bucket(params, scaled, state, fmt).step(hyper, scaled)
     assert all(map(torch.equal, params, plain_params))
 
 
@@ -236,12 +236,12 @@ def test_many_tensors_in_one_launch_equal_one_at_a_time(device: torch.device) ->
     shapes = [(n,) for n in (1, 77, 128, 129, 512, 513, 1151, 3072, 70_000)]
     together, alone = make(shapes, fmt, device), make(shapes, fmt, device)
     for _ in range(3):
-        Bucket(*together, fmt).step(HYPER)
+        Bucket(*together, fmt).step(HYPER, together[1])
         for i in range(len(shapes)):
             single = BucketState(
                 *([getattr(alone[2], f.name)[i]] if getattr(alone[2], f.name) else [] for f in dataclasses.fields(BucketState))
             )
-            Bucket([alone[0][i]], [alone[1][i]], single, fmt).step(HYPER)
+            Bucket([alone[0][i]], [alone[1][i]], single, fmt).step(HYPER, [alone[1][i]])
     assert all(map(torch.equal, together[0], alone[0]))
     for name in ("exp_avgs", "exp_avg_sqs", "amaxs", "k16s"):
         assert all(map(torch.equal, getattr(together[2], name), getattr(alone[2], name)))
@@ -254,8 +254,8 @@ def test_misaligned_parameters_and_gradients(device: torch.device) -> None:
     other = make([(1000,)], fmt, device)[2]
     shifted = [torch.empty(1003, device=device)[3:].copy_(params[0])]
     shifted_grads = [torch.empty(1001, device=device)[1:].copy_(grads[0])]
-    Bucket(params, grads, state, fmt).step(HYPER)
-    Bucket(shifted, shifted_grads, other, fmt).step(HYPER)
+    Bucket(params, grads, state, fmt).step(HYPER, grads)
+    Bucket(shifted, shifted_grads, other, fmt).step(HYPER, shifted_grads)
     assert torch.equal(shifted[0], params[0])
     assert torch.equal(other.exp_avgs[0], state.exp_avgs[0])
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import pickle
+import weakref
 
 import pytest
 import torch
@@ -308,6 +309,34 @@ def test_replaced_parameter_storage_is_found_again(device: torch.device) -> None
             optimizer.step()
         moved.data = moved.data.clone()
     assert torch.equal(moved, still)
+
+
+def test_gradients_are_not_kept_alive(device: torch.device) -> None:
+    param = nn.Parameter(torch.ones(5000, device=device))
+    for kwargs in ({}, {"fused": False}):
+        optimizer = FP8AdamW([param], **kwargs)
+        param.grad = torch.ones_like(param)
+        gone = weakref.ref(param.grad)
+        optimizer.step()
+        optimizer.zero_grad()
+        assert gone() is None
+
+
+def test_a_gradient_that_changes_its_kind_between_steps(device: torch.device) -> None:
+    """dtype, layout in memory and presence of a gradient may change; the launches follow."""
+    params = [nn.Parameter(torch.ones(64, 64, device=device)) for _ in range(2)]
+    twins = [nn.Parameter(torch.ones(64, 64, device=device)) for _ in range(2)]
+    kept, fresh = FP8AdamW(params), FP8AdamW(twins)
+    base = torch.randn(64, 64, device=device)
+    for grads in ([base, base], [base.t(), base], [base, None], [base.bfloat16(), base.t()], [base * 2, base]):
+        for p, t, g in zip(params, twins, grads, strict=True):
+            p.grad_dtype = t.grad_dtype = None
+            p.grad = g
+            t.grad = None if g is None else g.contiguous().float()
+        fresh._plans.clear()
+        kept.step()
+        fresh.step()
+    assert all(map(torch.equal, params, twins))
 
 
 def test_step_parameter_equals_step(device: torch.device) -> None:

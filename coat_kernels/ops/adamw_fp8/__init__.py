@@ -112,7 +112,7 @@ def _parse(
 def _adamw_fp8_(params: list[Tensor], grads: list[Tensor], *args: Any, **kwargs: Any) -> None:
     state, fmt, hyper = _parse(params, grads, *args, **kwargs)
     if params:
-        Bucket(params, grads, state, fmt).step(hyper)
+        Bucket(params, grads, state, fmt).step(hyper, grads)
 
 
 def _adamw_fp8_fake(*args: Any, **kwargs: Any) -> None:

@@ -53,14 +53,14 @@ class Bucket:
     def __init__(
         self, params: Sequence[Tensor], grads: Sequence[Tensor], state: BucketState, fmt: StateFormat, *, use_reference: bool = False
     ) -> None:
-        self.params, self.grads, self.state, self.fmt = list(params), list(grads), state, fmt
+        self.params, self.state, self.fmt = params, state, fmt
         self.device = self.params[0].device
-        self.param_dtype, self.grad_dtype = self.params[0].dtype, self.grads[0].dtype
+        self.param_dtype, self.grad_dtype = params[0].dtype, grads[0].dtype
         self.backend = "reference" if use_reference else require_backend("adamw_fp8", self.device)
         rows = len(self.params)
         columns = {
             "param": addresses(self.params),
-            "grad": addresses(self.grads),
+            "grad": addresses(grads),
             "exp_avg": addresses(state.exp_avgs),
             "exp_avg_sq": addresses(state.exp_avg_sqs),
             "amax": addresses(state.amaxs) if fmt.quantized else [0] * rows,
@@ -78,16 +78,21 @@ class Bucket:
 
     def set_params(self, params: Sequence[Tensor]) -> None:
         """Step these tensors from now on: the same shapes and dtype, perhaps at other addresses."""
-        self.params = list(params)
-        self.table.set_params(self.params)
+        self.params = params
+        self.table.set_params(params)
 
-    def set_grads(self, grads: Sequence[Tensor]) -> None:
-        """Read these gradients from now on: the same shapes and dtype, perhaps at other addresses."""
-        self.grads = list(grads)
-        self.table.set_grads(self.grads)
+    def set_grads(self, grads: Sequence[Tensor]) -> bool:
+        """Read these gradients from now on: the same shapes and dtype; whether any lies at a new address.
 
-    def step(self, hyper: Hyperparameters) -> None:
-        """Advance every tensor by one step, in place; nothing changes where `found_inf` is set."""
+        The bucket keeps their addresses and not the tensors, which would otherwise live through the next forward pass.
+        """
+        return self.table.set_grads(grads)
+
+    def step(self, hyper: Hyperparameters, grads: Sequence[Tensor]) -> None:
+        """Advance every tensor by one step, in place; nothing changes where `found_inf` is set.
+
+        `grads` are those that the bucket was made with or `set_grads` was last given.
+        """
         if self.backend == "Triton":
             table = self.table.on_device()
             dtypes = {"param_dtype": self.param_dtype, "grad_dtype": self.grad_dtype}
@@ -96,11 +101,11 @@ class Bucket:
             if self.backend == "C++":
                 cpu.step(self.table, self.fmt, hyper, param_dtype=self.param_dtype, grad_dtype=self.grad_dtype)
             else:
-                self._step_reference(hyper)
+                self._step_reference(hyper, grads)
 
-    def _step_reference(self, hyper: Hyperparameters) -> None:
+    def _step_reference(self, hyper: Hyperparameters, grads: Sequence[Tensor]) -> None:
         state = self.state
-        for i, (param, grad) in enumerate(zip(self.params, self.grads, strict=True)):
+        for i, (param, grad) in enumerate(zip(self.params, grads, strict=True)):
             residual = state.residuals[i] if state.residuals else None
             step = int(state.steps[i].add_(1))
             old = (param, state.exp_avgs[i], state.exp_avg_sqs[i], state.amaxs[i], state.k16s[i], residual)
