@@ -1,0 +1,65 @@
+// Arrays of any parameter dtype to float32 and back.
+#pragma once
+
+#include "../formats/random.h"
+#include "simd.h"
+
+namespace coat::COAT_ISA {
+
+// Address of element `index` of an array of a dtype.
+COAT_SIMD_INLINE void* at(void* base, DType dtype, int64_t index) { return static_cast<char*>(base) + index * dtype_size(dtype); }
+COAT_SIMD_INLINE const void* at(const void* base, DType dtype, int64_t index) {
+  return static_cast<const char*>(base) + index * dtype_size(dtype);
+}
+
+// out[0 .. count) from x, then zeros up to `padded`. x is aligned to its element size only.
+static inline void load_floats(const void* x, DType dtype, int count, int padded, float* out) {
+  int i = 0;
+  if (dtype == DType::kFloat32) {
+    memcpy(out, x, static_cast<size_t>(count) * 4);
+    i = count;
+  } else {
+    const auto* half = static_cast<const uint16_t*>(x);
+    if (dtype == DType::kBFloat16) {
+      for (; i + kLanes <= count; i += kLanes) store(out + i, load_bf16(half + i));
+    } else {
+      for (; i + kLanes <= count; i += kLanes) store(out + i, load_f16(half + i));
+    }
+    for (; i < count; ++i) out[i] = from_dtype(half[i], dtype);
+  }
+  for (; i < padded; ++i) out[i] = 0.0f;
+}
+
+static inline void store_floats(const float* x, int count, DType dtype, void* out) {
+  if (dtype == DType::kFloat32) {
+    memcpy(out, x, static_cast<size_t>(count) * 4);
+    return;
+  }
+  auto* half = static_cast<uint16_t*>(out);
+  int i = 0;
+  if (dtype == DType::kBFloat16) {
+    for (; i + kLanes <= count; i += kLanes) store_bf16(half + i, load(x + i));
+  } else {
+    for (; i + kLanes <= count; i += kLanes) store_f16(half + i, load(x + i));
+  }
+  for (; i < count; ++i) half[i] = to_dtype(x[i], dtype);
+}
+
+// x, dithered and rounded to a 16-bit dtype; first is the index of x[0] in its tensor. Overwrites x.
+static inline void store_stochastic(float* x, int count, DType dtype, uint32_t key, int64_t first, void* out) {
+  for (int i = 0; i < count; ++i) x[i] = add_dither(x[i], dtype, random16(key, static_cast<uint64_t>(first + i)));
+  store_floats(x, count, dtype, out);
+}
+
+static inline void load_split(const void* param, const int8_t* residual, int count, int padded, float* out) {
+  const auto* high = static_cast<const uint16_t*>(param);
+  for (int i = 0; i < count; ++i) out[i] = split_decode(high[i], residual[i]);
+  for (int i = count; i < padded; ++i) out[i] = 0.0f;
+}
+
+static inline void store_split(const float* x, int count, void* param, int8_t* residual) {
+  auto* high = static_cast<uint16_t*>(param);
+  for (int i = 0; i < count; ++i) high[i] = split_encode(x[i], residual + i);
+}
+
+}  // namespace coat::COAT_ISA

@@ -1,0 +1,36 @@
+// Stand-alone group quantize and dequantize. Compiled once for each instruction set.
+#include "convert.h"
+#include "decode.h"
+#include "encode.h"
+
+namespace coat::COAT_ISA {
+
+void quantize(const QuantizeJob& job, int64_t begin, int64_t end) {
+  const int size = job.format.group_size;
+  alignas(64) float x[kMaxGroup];
+  uint8_t codes[kMaxGroup];
+  for (int64_t group = begin; group < end; ++group) {
+    const int64_t first = group * size;
+    const int count = static_cast<int>(job.numel - first < size ? job.numel - first : size);
+    load_floats(at(job.x, job.x_dtype, first), job.x_dtype, count, size, x);
+    uint8_t* out = count < size ? codes : job.codes + first;
+    encode_group(job.format, x, group_stats(x, size), job.key, first, out, job.amax + group, job.k16 + group);
+    if (count < size) memcpy(job.codes + first, codes, static_cast<size_t>(count));
+  }
+}
+
+void dequantize(const DequantizeJob& job, int64_t begin, int64_t end) {
+  const int size = job.format.group_size;
+  alignas(64) float x[kMaxGroup];
+  uint8_t codes[kMaxGroup] = {};
+  for (int64_t group = begin; group < end; ++group) {
+    const int64_t first = group * size;
+    const int count = static_cast<int>(job.numel - first < size ? job.numel - first : size);
+    const uint8_t* in = job.codes + first;
+    if (count < size) in = static_cast<const uint8_t*>(memcpy(codes, in, static_cast<size_t>(count)));
+    decode_group(job.format, in, job.amax[group], job.k16[group], x);
+    store_floats(x, count, job.out_dtype, at(job.out, job.out_dtype, first));
+  }
+}
+
+}  // namespace coat::COAT_ISA

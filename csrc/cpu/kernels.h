@@ -1,0 +1,100 @@
+// What launch.cpp and the kernels built for each instruction set share: plain structs, so that no code of one build is merged
+// into another's.
+#pragma once
+
+#include <cstdint>
+
+#include "../formats/codecs.h"
+#include "../formats/parameters.h"
+#include "tables.h"
+
+namespace coat {
+
+// How one array of groups is encoded. Table pointers are null where the codec has no use for them.
+struct GroupFormat {
+  Codec codec;
+  bool quantized;     // false: float32 values, no codes
+  bool has_signs;     // false promises values >= 0
+  bool keep_nonzero;  // no non-zero value takes code 0
+  bool stochastic;
+  int group_size;
+  int max_code;
+  int low_mask;
+  const DecodeTable* decode;   // [256] by metadata byte
+  const BucketTable* buckets;  // e4m3, e5m2
+  const DitherTable* dither;   // log8: [256] by metadata byte
+};
+
+GroupFormat make_format(Codec codec, int group_size, bool has_signs, bool keep_nonzero, bool stochastic);
+
+struct QuantizeJob {
+  GroupFormat format;
+  const void* x;
+  DType x_dtype;
+  int64_t numel;
+  uint32_t key;
+  uint8_t* codes;
+  float* amax;
+  uint8_t* k16;
+};
+
+struct DequantizeJob {
+  GroupFormat format;
+  const uint8_t* codes;
+  const float* amax;
+  const uint8_t* k16;
+  int64_t numel;
+  void* out;
+  DType out_dtype;
+};
+
+// What every tensor of a step shares.
+struct StepJob {
+  GroupFormat exp_avg, exp_avg_sq;
+  DType param_dtype, grad_dtype;
+  ParamRounding param_rounding;
+  float beta1, beta2, eps;
+  float decay;             // 1 - lr * weight_decay
+  float grad_to_exp_avg;   // (1 - beta1) / grad_scale, negative to maximize
+  float grad_to_root_sq;   // sqrt(1 - beta2) / grad_scale
+  float inv_grad_scale;
+};
+
+// One tensor of a step.
+struct StepRow {
+  void* param;
+  const void* grad;
+  void *exp_avg, *exp_avg_sq;
+  float* amax;   // [n_groups, 2]
+  uint8_t* k16;  // [n_groups, 2]
+  int8_t* residual;
+  int64_t numel;
+  int64_t first_group;     // among the groups of all tensors
+  float step_size;         // lr / (1 - beta1^t)
+  float inv_bias2_root;    // 1 / sqrt(1 - beta2^t)
+  uint32_t keys[3];        // of the generator, by stream
+};
+
+// The kernels of one instruction set; each works on groups [begin, end) of its job.
+struct Kernels {
+  const char* name;
+  void (*quantize)(const QuantizeJob&, int64_t begin, int64_t end);
+  void (*dequantize)(const DequantizeJob&, int64_t begin, int64_t end);
+  void (*step)(const StepJob&, const StepRow&, int64_t begin, int64_t end);
+};
+
+constexpr int kBlock = 2048;  // elements that a kernel works on at a time: its buffers stay in L1
+constexpr int kMinGroup = 32, kMaxGroup = 256;
+
+#define COAT_DECLARE_KERNELS(isa)                                        \
+  namespace isa {                                                        \
+  void quantize(const QuantizeJob&, int64_t begin, int64_t end);         \
+  void dequantize(const DequantizeJob&, int64_t begin, int64_t end);     \
+  void step(const StepJob&, const StepRow&, int64_t begin, int64_t end); \
+  }
+COAT_DECLARE_KERNELS(generic)
+COAT_DECLARE_KERNELS(avx2)
+COAT_DECLARE_KERNELS(avx512)
+#undef COAT_DECLARE_KERNELS
+
+}  // namespace coat

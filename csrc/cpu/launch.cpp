@@ -1,0 +1,177 @@
+#include "launch.h"
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <functional>
+#include <stdexcept>
+#include <system_error>
+#include <thread>
+
+#include "../formats/random.h"
+
+namespace coat {
+namespace {
+
+constexpr int64_t kElementsPerThread = 1 << 16;  // below this a thread costs more than it saves
+
+const std::vector<Kernels>& supported() {
+  static const std::vector<Kernels> found = [] {
+    std::vector<Kernels> kernels;
+#ifdef COAT_X86
+    __builtin_cpu_init();
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+        __builtin_cpu_supports("avx512vl")) {
+      kernels.push_back({"avx512", avx512::quantize, avx512::dequantize, avx512::step});
+    }
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) {
+      kernels.push_back({"avx2", avx2::quantize, avx2::dequantize, avx2::step});
+    }
+#endif
+    kernels.push_back({"generic", generic::quantize, generic::dequantize, generic::step});
+    return kernels;
+  }();
+  return found;
+}
+
+std::atomic<const Kernels*>& chosen() {
+  static std::atomic<const Kernels*> kernels{&supported().front()};
+  return kernels;
+}
+
+// work(begin, end) over [0, groups) on up to `threads` threads, this one among them. Threads are made for the call: a pool
+// would not survive a fork, and OpenMP would bring a second runtime beside torch's.
+void parallel(int64_t groups, int64_t elements, int threads, const std::function<void(int64_t, int64_t)>& work) {
+  const int64_t useful = std::min<int64_t>({threads, groups, elements / kElementsPerThread});
+  const int64_t parts = std::max<int64_t>(useful, 1);
+  std::vector<std::thread> others;
+  others.reserve(static_cast<size_t>(parts));
+  int64_t begin = 0;
+  for (int64_t part = 0; part + 1 < parts; ++part) {
+    const int64_t end = groups * (part + 1) / parts;
+    try {
+      others.emplace_back(work, begin, end);
+    } catch (const std::system_error&) {
+      break;  // no thread to be had: the rest is done here
+    }
+    begin = end;
+  }
+  work(begin, groups);
+  for (std::thread& other : others) other.join();
+}
+
+int64_t num_groups(int64_t numel, int group_size) { return (numel + group_size - 1) / group_size; }
+
+template <typename T>
+T* pointer(int64_t address) {
+  return reinterpret_cast<T*>(static_cast<uintptr_t>(address));
+}
+
+StepRow make_row(const int64_t* entry, const StepFormat& format, const Hyperparameters& hyper) {
+  StepRow row{};
+  row.param = pointer<void>(entry[0]);
+  row.grad = pointer<const void>(entry[1]);
+  row.exp_avg = pointer<void>(entry[2]);
+  row.exp_avg_sq = pointer<void>(entry[3]);
+  row.amax = pointer<float>(entry[4]);
+  row.k16 = pointer<uint8_t>(entry[5]);
+  row.residual = pointer<int8_t>(entry[6]);
+  float* const step = pointer<float>(entry[7]);
+  *step += 1;
+  const double t = static_cast<double>(*step);
+  row.numel = entry[8];
+  row.step_size = static_cast<float>(hyper.lr / (1 - std::pow(hyper.beta1, t)));
+  row.inv_bias2_root = static_cast<float>(1 / std::sqrt(1 - std::pow(hyper.beta2, t)));
+  for (uint32_t stream = 0; stream < 3; ++stream) {
+    row.keys[stream] = stream_key(format.seed, static_cast<uint32_t>(t), static_cast<uint32_t>(entry[9]), stream);
+  }
+  return row;
+}
+
+}  // namespace
+
+std::string isa() { return chosen().load()->name; }
+
+std::vector<std::string> isas() {
+  std::vector<std::string> names;
+  for (const Kernels& kernels : supported()) names.emplace_back(kernels.name);
+  return names;
+}
+
+void use_isa(const std::string& name) {
+  std::string choices;
+  for (const Kernels& kernels : supported()) {
+    if (name == kernels.name) {
+      chosen() = &kernels;
+      return;
+    }
+    choices += (choices.empty() ? "" : ", ") + std::string(kernels.name);
+  }
+  throw std::invalid_argument("no kernels for instruction set '" + name + "' on this processor; choose one of " + choices);
+}
+
+GroupFormat make_format(Codec codec, int group_size, bool has_signs, bool keep_nonzero, bool stochastic) {
+  GroupFormat format{};
+  format.codec = codec;
+  format.quantized = codec != Codec::kFloat32;
+  format.has_signs = has_signs;
+  format.keep_nonzero = keep_nonzero;
+  format.stochastic = stochastic;
+  format.group_size = group_size;
+  format.max_code = codec_spec(codec).max_code;
+  format.low_mask = codec == Codec::kLog8 ? kLog8LowMask : kFp8LowMask;
+  if (format.quantized) format.decode = decode_tables(codec);
+  if (is_fp8(codec)) format.buckets = &bucket_table(codec);
+  if (codec == Codec::kLog8) format.dither = dither_tables();
+  return format;
+}
+
+void quantize_group(const QuantizeJob& job, int threads) {
+  const Kernels& kernels = *chosen().load();
+  const int64_t groups = num_groups(job.numel, job.format.group_size);
+  parallel(groups, job.numel, threads, [&](int64_t begin, int64_t end) { kernels.quantize(job, begin, end); });
+}
+
+void dequantize_group(const DequantizeJob& job, int threads) {
+  const Kernels& kernels = *chosen().load();
+  const int64_t groups = num_groups(job.numel, job.format.group_size);
+  parallel(groups, job.numel, threads, [&](int64_t begin, int64_t end) { kernels.dequantize(job, begin, end); });
+}
+
+void adamw_fp8(const int64_t* table, int64_t n_tensors, const StepFormat& format, const Hyperparameters& hyper, int threads) {
+  const Kernels& kernels = *chosen().load();
+  StepJob job{};
+  job.exp_avg = make_format(format.exp_avg, format.group_size, true, codec_spec(format.exp_avg).expand, format.stochastic_exp_avg);
+  job.exp_avg_sq = make_format(format.exp_avg_sq, format.group_size, false, true, format.stochastic_exp_avg_sq);
+  job.param_dtype = format.param_dtype;
+  job.grad_dtype = format.grad_dtype;
+  job.param_rounding = format.param_rounding;
+  job.beta1 = static_cast<float>(hyper.beta1);
+  job.beta2 = static_cast<float>(hyper.beta2);
+  job.eps = static_cast<float>(hyper.eps);
+  job.decay = static_cast<float>(1 - hyper.lr * hyper.weight_decay);
+  job.grad_to_exp_avg = static_cast<float>((hyper.maximize ? -1 : 1) * (1 - hyper.beta1) / hyper.grad_scale);
+  job.grad_to_root_sq = static_cast<float>(std::sqrt(1 - hyper.beta2) / hyper.grad_scale);
+  job.inv_grad_scale = static_cast<float>(1 / hyper.grad_scale);
+
+  std::vector<StepRow> rows;
+  rows.reserve(static_cast<size_t>(n_tensors));
+  int64_t groups = 0, elements = 0;
+  for (int64_t i = 0; i < n_tensors; ++i) {
+    rows.push_back(make_row(table + 10 * i, format, hyper));
+    rows.back().first_group = groups;
+    groups += num_groups(rows.back().numel, format.group_size);
+    elements += rows.back().numel;
+  }
+  parallel(groups, elements, threads, [&](int64_t begin, int64_t end) {
+    // the row that holds group `begin`: the last one that starts at or before it
+    auto row = std::upper_bound(rows.begin(), rows.end(), begin, [](int64_t group, const StepRow& r) { return group < r.first_group; });
+    for (row -= row == rows.begin() ? 0 : 1; row != rows.end() && row->first_group < end; ++row) {
+      const int64_t row_groups = num_groups(row->numel, format.group_size);
+      const int64_t from = std::max<int64_t>(begin - row->first_group, 0), to = std::min(end - row->first_group, row_groups);
+      if (from < to) kernels.step(job, *row, from, to);
+    }
+  });
+}
+
+}  // namespace coat
