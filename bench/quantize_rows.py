@@ -11,7 +11,7 @@ from torch import Tensor
 from .checks import CheckFailed
 from .environment import version
 from .rows import chosen, dtype_name, measured, reason
-from .timing import CLOCKS, Run, contest, make_copy
+from .timing import CLOCKS, OtherLoad, Run, contest, make_copy
 from .works import QuantizeWork
 
 GROUP = 128
@@ -155,12 +155,14 @@ def quantize_rows(
             row["check"] = found
             overhead[row["entrant"]] = quantizer.metadata_bytes
     copy_run, copy_bytes = make_copy(work.device)
-    times = contest({COPY: copy_run, **runs}, CLOCKS[work.clock], rounds=rounds, budget_s=budget_s)
+    with OtherLoad() as load:
+        times = contest({COPY: copy_run, **runs}, CLOCKS[work.clock], rounds=rounds, budget_s=budget_s)
     copy_rate = copy_bytes / times[COPY].median
     for row in rows:
         if row["entrant"] in runs:
             mine = times[row["entrant"]]
             row.update(measured(mine, work.numel, work.dtype.itemsize + 1 + overhead[row["entrant"]], copy_rate))
+            row["other_cores"] = load.cores
             row["ratio_to_torch_eager"] = mine.ratio_to(times[f"{BASELINE.name} {row['kind']}"])
     return rows
 

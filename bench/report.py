@@ -5,6 +5,8 @@ from __future__ import annotations
 import textwrap
 from pathlib import Path
 
+from .timing import QUIET_CORES
+
 COLUMNS = ("work", "entrant", "ms", "vs torch", "B/param", "GB/s", "of copy", "state B", "reps", "note")
 
 
@@ -14,6 +16,8 @@ def _ratio(row: dict) -> float | None:
 
 def _cells(row: dict) -> list[str]:
     note = row.get("error") or row.get("skipped") or ""
+    if (row.get("other_cores") or 0.0) > QUIET_CORES:
+        note = f"shared machine: {row['other_cores']:.1f} cores busy elsewhere"
     if "seconds" not in row:
         return [row["work"], row["entrant"], "-", "-", "-", "-", "-", "-", "-", note]
     ratio, state = _ratio(row), row.get("state_bytes_per_parameter")
@@ -91,7 +95,7 @@ def plot(rows: list[dict], path: Path) -> None:
         axis.barh([row["entrant"] for row in entries], ratios, color=colours)
         axis.axvline(1.0, color="black", linewidth=0.8)
         axis.set_xscale("log")
-        axis.set_xlim(min(0.2, min(ratios) / 1.5), max(2.0, max(ratios) * 4))
+        axis.set_xlim(min(0.2, min(ratios) / 1.5), max(4.0, max(ratios) * 9))
         for i, row in enumerate(entries):
             label = f"{ratios[i]:.2f}, {row['seconds'] * 1e3:.4g} ms, {row['share_of_copy']:.2f} of copy"
             axis.text(max(ratios[i], 1.0) * 1.05, i, label, va="center", fontsize=8)

@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from .checks import Problem, check_optimizer
 from .entrants import BASELINE, ENTRANTS, Entrant, state_bytes
 from .rows import chosen, dtype_name, measured, reason
-from .timing import CLOCKS, Run, contest, make_copy
+from .timing import CLOCKS, OtherLoad, Run, contest, make_copy
 from .works import StepWork
 
 COPY = "copy"
@@ -129,11 +129,13 @@ def step_rows(work: StepWork, *, wanted=lambda name: True, entrants=ENTRANTS, ro
     problem.expected.clear()
     copy_run, copy_bytes = make_copy(work.device)
     runs = {instance.entrant.name: instance.run() for instance in instances if instance is not None}
-    times = contest({COPY: copy_run, **runs}, CLOCKS[work.clock], rounds=rounds, budget_s=budget_s)
+    with OtherLoad() as load:
+        times = contest({COPY: copy_run, **runs}, CLOCKS[work.clock], rounds=rounds, budget_s=budget_s)
     copy_rate = copy_bytes / times[COPY].median
     for row in rows:
         if row["entrant"] in runs:
             mine = times[row["entrant"]]
             row.update(measured(mine, work.numel, bytes_per_parameter(work, row["state_bytes_per_parameter"]), copy_rate))
+            row["other_cores"] = load.cores
             row["ratio_to_torch_fused"] = mine.ratio_to(times[BASELINE.name]) if BASELINE.name in times else None
     return rows

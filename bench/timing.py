@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 
@@ -15,6 +17,8 @@ Clock = Callable[[Callable[[], object]], float]
 COPY_NUMEL = {"cpu": 1 << 25, "cuda": 1 << 28}
 #: Milliseconds of one visit of `triton.testing.do_bench`.
 DO_BENCH_WARMUP_MS, DO_BENCH_MS = 5, 40
+#: Cores that others may keep busy before the table says that a row was measured on a shared machine.
+QUIET_CORES = 0.15
 
 
 def wall_cpu(run: Callable[[], object]) -> float:
@@ -98,6 +102,36 @@ def contest(runs: Mapping[str, Run], clock: Clock, *, rounds: int, budget_s: flo
             if i % stride[name] == 0:
                 times[name].by_round[i] = _visit(runs[name], clock)
     return times
+
+
+class OtherLoad:
+    """Cores that other processes kept busy while the block ran: `.cores`, None where `/proc/stat` is not to be had.
+
+    On two cores that were shared with others torch's barriers waited for threads that were not running: its step took 5 to 20
+    times as long, and every ratio to it looked too good.
+    """
+
+    cores: float | None = None
+
+    def __enter__(self) -> OtherLoad:
+        self._begin = self._read()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        end = self._read()
+        if self._begin and end:
+            busy, mine, wall = (after - before for after, before in zip(end, self._begin, strict=True))
+            self.cores = round(max(0.0, busy - mine) / max(wall, 1e-3), 2)
+
+    @staticmethod
+    def _read() -> tuple[float, float, float] | None:
+        try:
+            fields = [int(field) for field in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:]]
+        except (OSError, ValueError):
+            return None
+        # user, nice, system, idle, iowait, irq, softirq, steal
+        busy = (sum(fields[:8]) - fields[3] - fields[4]) / os.sysconf("SC_CLK_TCK")
+        return busy, time.process_time(), time.perf_counter()
 
 
 def make_copy(device: str, numel: int | None = None) -> tuple[Run, int]:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import sys
+import time
+
 import pytest
 
-from bench.timing import Run, Times, contest
+from bench.timing import OtherLoad, Run, Times, contest
 
 
 def clock(run):
@@ -39,6 +42,30 @@ def test_ratio_pairs_the_rounds():
     mine = Times({i: 3.0 * base.by_round[i] for i in (0, 5, 6, 7)})
     assert mine.ratio_to(base) == pytest.approx(3.0)
     assert mine.median == 6.0 and mine.quartiles == [5.25, 6.0]
+
+
+def test_other_load_is_what_this_process_did_not_use(monkeypatch):
+    readings = iter([(100.0, 10.0, 50.0), (103.0, 11.0, 52.0), (0.0, 0.0, 0.0), (1.0, 1.01, 1.0), None, None])
+    monkeypatch.setattr(OtherLoad, "_read", staticmethod(lambda: next(readings)))
+    found = []
+    for _ in range(3):
+        with OtherLoad() as load:
+            pass
+        found.append(load.cores)
+    # 3 busy seconds in 2, one of them its own; then a clock tick too few; then no /proc
+    assert found == [1.0, 0.0, None]
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc/stat")
+def test_busy_seconds_are_seconds():
+    before = OtherLoad._read()
+    end = time.process_time() + 0.3
+    while time.process_time() < end:
+        pass
+    after = OtherLoad._read()
+    assert before is not None and after is not None
+    # the kernel counts in ticks of 10 ms
+    assert after[1] - before[1] >= 0.3 and after[0] - before[0] >= 0.25
 
 
 def test_what_is_done_before_is_not_timed():

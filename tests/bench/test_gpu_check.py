@@ -33,7 +33,8 @@ def test_a_stage_reports_its_end():
 def test_the_plan_fits_ten_minutes_with_the_bench_last(monkeypatch):
     plan = stages("abc", peers=True)
     assert [stage.name for stage in plan] == ["build", "gpu tests", "memory check", "whole suite", "bench"]
-    assert plan[-1].limit_s <= 300 and sum(stage.limit_s for stage in plan) <= 750
+    # whatever comes first is cut short so that the bench keeps its time (`main`); each must still fit beside it
+    assert all(stage.limit_s + plan[-1].limit_s <= 9.5 * 60 for stage in plan[:-1])
     assert plan[-1].command[-2:] == ("--commit", "abc")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     with pytest.raises(SystemExit):
