@@ -16,9 +16,10 @@ struct Moment {
   const GroupFormat* format;
   float beta;
   int column;       // in amax and k16
+  void* state;      // of the tensor
   uint8_t* codes;   // of the block
   float* values;    // of the block: the state itself where it is not quantized
-  GroupStats stats[kBlock / kMinGroup];
+  Plan plan;
 };
 
 // Where the elements of one block are. Staged arrays are padded with zeros to whole groups.
@@ -30,6 +31,9 @@ struct Block {
   float* param;
   const float* grad;
   Moment exp_avg, exp_avg_sq;
+
+  float* amax(const Moment& moment, int group) const { return row->amax + 2 * (first_group + group) + moment.column; }
+  uint8_t* meta(const Moment& moment, int group) const { return row->k16 + 2 * (first_group + group) + moment.column; }
 };
 
 struct Workspace {
@@ -41,27 +45,39 @@ struct Workspace {
   alignas(64) uint8_t exp_avg_sq_codes[kBlock];
 };
 
-// Advances the group at element `at` of the block. A moment with kTable is decoded on the fly, otherwise its values are
-// decoded already.
+// The decode table of one moment's group, or null with its values decoded (or never encoded).
+const DecodeTable* open_group(const Block& block, const Moment& moment, int group) {
+  const GroupFormat& format = *moment.format;
+  if (!format.quantized) return nullptr;
+  const float amax = block.amax(moment, group)[0];
+  const uint8_t meta = block.meta(moment, group)[0];
+  const int at = group * format.group_size;
+  if (tables_serve(format, moment.codes + at, amax, meta)) return &format.decode[meta];
+  decode_exactly(format, moment.codes + at, amax, meta, moment.values + at);
+  return nullptr;
+}
+
+// Advances one group. A moment with kTable is decoded on the fly, with its beta folded in; the values of the other are there.
 template <bool kTableM, bool kTableV>
-void advance(Block& block, int group, const Decoder* decode_m, const Decoder* decode_v) {
+void advance(Block& block, int group, const DecodeTable* tables_m, const DecodeTable* tables_v) {
   const StepJob& job = *block.job;
+  Moment &moment_m = block.exp_avg, &moment_v = block.exp_avg_sq;
   const int n = job.exp_avg.group_size, at = group * n;
   float* const param = block.param + at;
   const float* const grad = block.grad + at;
-  float *const exp_avg = block.exp_avg.values + at, *const exp_avg_sq = block.exp_avg_sq.values + at;
-  const uint8_t *const codes_m = block.exp_avg.codes + at, *const codes_v = block.exp_avg_sq.codes + at;
+  float *const exp_avg = moment_m.values + at, *const exp_avg_sq = moment_v.values + at;
+  const uint8_t *const codes_m = moment_m.codes + at, *const codes_v = moment_v.codes + at;
   const F beta1 = set1(job.beta1), beta2 = set1(job.beta2), to_m = set1(job.grad_to_exp_avg), to_root_v = set1(job.grad_to_root_sq);
   const F decay = set1(job.decay), eps = set1(job.eps), step_size = set1(block.row->step_size);
   const F inv_bias2_root = set1(block.row->inv_bias2_root);
-  Decoder table_m, table_v;
-  if (kTableM) table_m = *decode_m;
-  if (kTableV) table_v = *decode_v;
+  Decoder decode_m, decode_v;
+  if (kTableM) decode_m = make_decoder(*tables_m, job.exp_avg.low_mask, block.amax(moment_m, group)[0], job.beta1);
+  if (kTableV) decode_v = make_decoder(*tables_v, job.exp_avg_sq.low_mask, block.amax(moment_v, group)[0], job.beta2);
   I max_m = set1(0), max_v = set1(0), min_m = set1(-1), min_v = set1(-1);
   for (int i = 0; i < n; i += kLanes) {
     const F g = load(grad + i);
-    const F old_m = kTableM ? decode(table_m, codes_m + i) : mul(beta1, load(exp_avg + i));
-    const F old_v = kTableV ? decode(table_v, codes_v + i) : mul(beta2, load(exp_avg_sq + i));
+    const F old_m = kTableM ? decode(decode_m, codes_m + i) : mul(beta1, load(exp_avg + i));
+    const F old_v = kTableV ? decode(decode_v, codes_v + i) : mul(beta2, load(exp_avg_sq + i));
     const F root = mul(to_root_v, g);
     const F m = fma(to_m, g, old_m), v = fma(root, root, old_v);
     const F update = div(m, fma(sqrt(v), inv_bias2_root, eps));
@@ -76,23 +92,10 @@ void advance(Block& block, int group, const Decoder* decode_m, const Decoder* de
   }
   uint32_t out[4];
   reduce(max_m, max_v, min_m, min_v, out);
-  block.exp_avg.stats[group] = {out[0], out[2]};
-  block.exp_avg_sq.stats[group] = {out[1], out[3]};
-}
-
-// Prepares the decoding of one moment's group: true and a decoder, or false with its values decoded.
-bool prepare(const Block& block, const Moment& moment, int group, Decoder* decoder) {
-  if (!moment.format->quantized) return false;
-  const int64_t at = 2 * (block.first_group + group) + moment.column;
-  const float amax = block.row->amax[at];
-  const uint8_t meta = block.row->k16[at];
-  const int first = group * moment.format->group_size;
-  if (!tables_serve(*moment.format, moment.codes + first, amax, meta)) {
-    decode_exactly(*moment.format, moment.codes + first, amax, meta, moment.values + first);
-    return false;
-  }
-  *decoder = make_decoder(moment.format->decode[meta], moment.format->low_mask, amax, moment.beta);
-  return true;
+  moment_m.plan.max_bits[group] = out[0];
+  moment_v.plan.max_bits[group] = out[1];
+  moment_m.plan.min_bits[group] = out[2];
+  moment_v.plan.min_bits[group] = out[3];
 }
 
 // v that overflowed from a finite gradient is held at the largest float32: the parameter stands still there.
@@ -103,41 +106,42 @@ void hold_overflow(Block& block, int group) {
     const bool finite_grad = is_finite(block.grad[at + i] * block.job->inv_grad_scale);
     if (finite_grad && float_bits(v[i]) == kInfBits) v[i] = kFloatMax;
   }
-  block.exp_avg_sq.stats[group] = group_stats(v, n);
+  const GroupStats stats = group_stats(v, n);
+  block.exp_avg_sq.plan.max_bits[group] = stats.max_bits;
+  block.exp_avg_sq.plan.min_bits[group] = stats.min_bits;
 }
 
 void advance_block(Block& block) {
   for (int group = 0; group < block.groups; ++group) {
-    Decoder m, v;
-    const bool table_m = prepare(block, block.exp_avg, group, &m), table_v = prepare(block, block.exp_avg_sq, group, &v);
-    if (table_m && table_v) {
-      advance<true, true>(block, group, &m, &v);
-    } else if (table_m) {
-      advance<true, false>(block, group, &m, &v);
-    } else if (table_v) {
-      advance<false, true>(block, group, &m, &v);
+    const DecodeTable *m = open_group(block, block.exp_avg, group), *v = open_group(block, block.exp_avg_sq, group);
+    if (m != nullptr && v != nullptr) {
+      advance<true, true>(block, group, m, v);
+    } else if (m != nullptr) {
+      advance<true, false>(block, group, m, v);
+    } else if (v != nullptr) {
+      advance<false, true>(block, group, m, v);
     } else {
-      advance<false, false>(block, group, &m, &v);
+      advance<false, false>(block, group, m, v);
     }
-    if (block.exp_avg_sq.stats[group].max_bits >= kInfBits) hold_overflow(block, group);
+    if (block.exp_avg_sq.plan.max_bits[group] >= kInfBits) hold_overflow(block, group);
   }
 }
 
-void encode_block(const Block& block, const Moment& moment, uint32_t key) {
-  if (!moment.format->quantized) return;
-  const int n = moment.format->group_size;
-  for (int group = 0; group < block.groups; ++group) {
-    const int64_t at = 2 * (block.first_group + group) + moment.column;
-    encode_group(*moment.format, moment.values + group * n, moment.stats[group], key, block.first + group * n,
-                 moment.codes + group * n, block.row->amax + at, block.row->k16 + at);
-  }
+// Encodes one moment; meanwhile the next block's part of `next` (the parameter or the gradient) and of the codes comes in.
+void encode_block(Block& block, Moment* moment, const void* next, DType dtype, uint32_t key) {
+  if (!moment->format->quantized) return;
+  const int n = moment->format->group_size;
+  const Upcoming values{static_cast<const char*>(at(next, dtype, block.first + block.padded)), n * dtype_size(dtype)};
+  const Upcoming codes{static_cast<const char*>(moment->state) + block.first + block.padded, n};
+  const Destination to{moment->codes, block.amax(*moment, 0), block.meta(*moment, 0), 2, key, block.first, {values, codes}};
+  encode_groups(*moment->format, &moment->plan, moment->values, block.groups, to);
 }
 
 // Points a moment at its state, or at padded copies where the block ends in a short group.
-void open_moment(const Block& block, void* state, uint8_t* codes, float* values, Moment* moment) {
+void open_moment(const Block& block, uint8_t* codes, float* values, Moment* moment) {
   const bool quantized = moment->format->quantized, whole = block.count == block.padded;
-  uint8_t* const stored_codes = static_cast<uint8_t*>(state) + block.first;
-  float* const stored_values = static_cast<float*>(state) + block.first;
+  uint8_t* const stored_codes = static_cast<uint8_t*>(moment->state) + block.first;
+  float* const stored_values = static_cast<float*>(moment->state) + block.first;
   moment->codes = quantized && whole ? stored_codes : codes;
   moment->values = !quantized && whole ? stored_values : values;
   if (whole) return;
@@ -149,13 +153,13 @@ void open_moment(const Block& block, void* state, uint8_t* codes, float* values,
   }
 }
 
-void close_moment(const Block& block, void* state, const Moment& moment) {
+void close_moment(const Block& block, const Moment& moment) {
   if (block.count == block.padded) return;
   const size_t count = static_cast<size_t>(block.count);
   if (moment.format->quantized) {
-    memcpy(static_cast<uint8_t*>(state) + block.first, moment.codes, count);
+    memcpy(static_cast<uint8_t*>(moment.state) + block.first, moment.codes, count);
   } else {
-    memcpy(static_cast<float*>(state) + block.first, moment.values, count * 4);
+    memcpy(static_cast<float*>(moment.state) + block.first, moment.values, count * 4);
   }
 }
 
@@ -199,7 +203,7 @@ void close_params(const Block& block) {
 void step(const StepJob& job, const StepRow& row, int64_t begin, int64_t end) {
   const int n = job.exp_avg.group_size;
   Workspace space;
-  Block block;
+  Block block{};
   block.job = &job;
   block.row = &row;
   block.exp_avg.format = &job.exp_avg;
@@ -208,6 +212,8 @@ void step(const StepJob& job, const StepRow& row, int64_t begin, int64_t end) {
   block.exp_avg_sq.format = &job.exp_avg_sq;
   block.exp_avg_sq.beta = job.beta2;
   block.exp_avg_sq.column = 1;
+  block.exp_avg.state = row.exp_avg;
+  block.exp_avg_sq.state = row.exp_avg_sq;
   for (int64_t group = begin; group < end; group += kBlock / n) {
     block.first_group = group;
     block.first = group * n;
@@ -215,13 +221,13 @@ void step(const StepJob& job, const StepRow& row, int64_t begin, int64_t end) {
     block.padded = block.groups * n;
     block.count = static_cast<int>(row.numel - block.first < block.padded ? row.numel - block.first : block.padded);
     open_params(space, &block);
-    open_moment(block, row.exp_avg, space.exp_avg_codes, space.exp_avg, &block.exp_avg);
-    open_moment(block, row.exp_avg_sq, space.exp_avg_sq_codes, space.exp_avg_sq, &block.exp_avg_sq);
+    open_moment(block, space.exp_avg_codes, space.exp_avg, &block.exp_avg);
+    open_moment(block, space.exp_avg_sq_codes, space.exp_avg_sq, &block.exp_avg_sq);
     advance_block(block);
-    encode_block(block, block.exp_avg, row.keys[kStreamExpAvg]);
-    encode_block(block, block.exp_avg_sq, row.keys[kStreamExpAvgSq]);
-    close_moment(block, row.exp_avg, block.exp_avg);
-    close_moment(block, row.exp_avg_sq, block.exp_avg_sq);
+    encode_block(block, &block.exp_avg, row.param, job.param_dtype, row.keys[kStreamExpAvg]);
+    encode_block(block, &block.exp_avg_sq, row.grad, job.grad_dtype, row.keys[kStreamExpAvgSq]);
+    close_moment(block, block.exp_avg);
+    close_moment(block, block.exp_avg_sq);
     close_params(block);
   }
 }

@@ -1,67 +1,37 @@
-// float32 to codes, a group at a time.
+// float32 to codes, a block of groups at a time.
 //
-// The logarithm-based codes need no exp2: Y = slope * log2|x| + offset comes out of one polynomial in fixed point, and an
-// integer addition from a table rounds it (tables.h). Groups with zeros, subnormals, extreme ranges or non-finite values take
-// the careful variant of the same kernel.
+// The logarithm-based codes need no exp2: Y comes out of one polynomial in fixed point (log2.h), and an integer addition
+// from a table rounds it (tables.h). Groups with zeros, subnormals, extreme ranges or non-finite values take the careful
+// variant of the same kernel.
 #pragma once
 
 #include "../formats/random.h"
-#include "simd.h"
+#include "plan.h"
 
 namespace coat::COAT_ISA {
 
-struct GroupStats {
-  uint32_t max_bits, min_bits;  // of |x|; zeros and NaN count
+// Memory that is read after this encode, bytes_per_group for each group: encoding itself reads none outside L1, so the time
+// hides the latency. All at once would fill the line buffers and wait (1.5 times slower on arrays in DRAM).
+struct Upcoming {
+  const char* address;
+  int bytes_per_group;
 };
 
-// Minimax polynomials of log2 on [1, 2), own fits. Degree 5 in m: error 1.25e-5; at k = 3 that moves 0.02 % of e4m3 codes.
-constexpr int kFastDegree = 5, kCarefulDegree = 7;
-constexpr float kFastLog2[8] = {-2.80036402f, 5.09171104f, -3.55079293f, 1.63114882f, -0.416563690f, 0.0448736101f, 0.0f, 0.0f};
-// Degree 7 in m - 1: error 2.8e-7.
-constexpr float kCarefulLog2[8] = {2.77289502e-7f, 1.44265628f,  -0.720453024f,  0.472897917f,
-                                   -0.324253917f,  0.192089543f, -0.0780621246f, 0.0151253594f};
+COAT_SIMD_INLINE void prefetch(const Upcoming& upcoming, int group) {
+  const char* const from = upcoming.address + static_cast<int64_t>(group) * upcoming.bytes_per_group;
+  for (int i = 0; i < upcoming.bytes_per_group; i += 64) __builtin_prefetch(from + i);
+}
 
-struct Coefficients {
-  float c[8];
-  float slope;
+// Where the groups of one array go, and what stochastic rounding needs.
+struct Destination {
+  uint8_t* codes;
+  float* amax;
+  uint8_t* meta;
+  int stride;     // between groups, of amax and meta
+  uint32_t key;   // of the generator
+  int64_t first;  // index of the first element in its tensor
+  Upcoming upcoming[2];
 };
-
-// Coefficients of Y with Y(amax) = target, kFixedMagic added.
-template <bool kCareful>
-COAT_SIMD_INLINE Coefficients make_coefficients(float slope, double target, float amax) {
-  const float* poly = kCareful ? kCarefulLog2 : kFastLog2;
-  constexpr int degree = kCareful ? kCarefulDegree : kFastDegree;
-  int subnormal_exponent = 0;
-  if (kCareful && amax < bits_float(kMinNormalBits)) {
-    amax *= 33554432.0f;  // 2^25
-    subnormal_exponent = -25;
-  }
-  const uint32_t bits = float_bits(amax);
-  const int exponent = static_cast<int>(bits >> 23) - 127 + subnormal_exponent;
-  const double m = bits_float((bits & 0x007FFFFF) | 0x3F800000) - (kCareful ? 1.0 : 0.0);
-  Coefficients out;
-  double log2_amax = poly[degree];
-  for (int i = degree - 1; i > 0; --i) log2_amax = log2_amax * m + poly[i];
-  for (int i = 1; i < 8; ++i) out.c[i] = slope * poly[i];
-  out.slope = slope;
-  // poly[0] cancels: it is in log2|x| and in log2 amax
-  out.c[0] = static_cast<float>(kFixedMagic + target - static_cast<double>(slope) * (exponent + log2_amax * m));
-  return out;
-}
-
-template <bool kCareful>
-COAT_SIMD_INLINE F fixed_log2(const Coefficients& k, F x) {
-  F exponent, m;
-  if (kCareful) {
-    split_any(x, &exponent, &m);
-    m = sub(m, set1(1.0f));
-  } else {
-    split_normal(x, &exponent, &m);
-  }
-  F sum = kCareful ? fma(fma(set1(k.c[7]), m, set1(k.c[6])), m, set1(k.c[5])) : set1(k.c[5]);
-  for (int i = 4; i >= 0; --i) sum = fma(sum, m, set1(k.c[i]));
-  return fma(exponent, set1(k.slope), sum);
-}
 
 // Runs code_of(i) on every vector of a group and stores the bytes.
 template <typename CodeOf>
@@ -73,27 +43,30 @@ COAT_SIMD_INLINE void store_codes(uint8_t* codes, int n, CodeOf code_of) {
   for (; i < n; i += kLanes) store_u8(codes + i, code_of(i));
 }
 
+COAT_SIMD_INLINE M is_zero(F x) { return no_bits(as_int(x), set1(static_cast<int32_t>(kAbsMask))); }
+
 template <bool kCareful, bool kSigned>
-static void encode_expanded(const Coefficients& k, const BucketTable& table, const float* x, int n, uint8_t* codes) {
+COAT_SIMD_INLINE void encode_expanded(const Coefficients& k, const BucketTable& table, const float* x, int n, uint8_t* codes) {
   const Table32 low = load32(table.low);
   const Table16 normal = load16(table.normal);
-  const I low_end = set1(table.low_end);
+  const I low_last = set1(table.low_end - 1);
   store_codes(codes, n, [&](int i) __attribute__((always_inline)) {
     const F value = load(x + i);
     F y = fixed_log2<kCareful>(k, value);
     if (kCareful) y = max(y, set1(table.lowest));
     const I bits = as_int(y), bucket = shr<kFraction>(bits);
-    const I entry = lookup_where(less(bits, low_end), low, bucket, lookup(normal, bucket));
+    const I entry = lookup_where(less(low_last, bits), normal, bucket, lookup(low, bucket));
     I code = shr<kFraction>(add(bits, entry));
     if (kSigned) code = insert_sign(code, value);
-    return kCareful ? zero_where(no_bits(as_int(value), set1(0x7FFFFFFF)), code) : code;
+    return kCareful ? zero_where(is_zero(value), code) : code;
   });
 }
 
 // noise: 255 - the random byte of each element, where stochastic.
 template <bool kCareful, bool kStochastic>
-static void encode_log8(const Coefficients& k, const DitherTable* dither, const float* x, int n, const uint8_t* noise, uint8_t* codes) {
-  const Table32 entries = load32(dither->entry);
+COAT_SIMD_INLINE void encode_log8(const Coefficients& k, const DitherTable& dither, const float* x, int n, const uint8_t* noise,
+                                  uint8_t* codes) {
+  const Table32 entries = load32(dither.entry);
   const I half = set1((1 << (kFraction - 1)) - static_cast<int32_t>(float_bits(kFixedMagic)));
   constexpr float one = 1 << kFraction;
   store_codes(codes, n, [&](int i) __attribute__((always_inline)) {
@@ -107,7 +80,7 @@ static void encode_log8(const Coefficients& k, const DitherTable* dither, const 
       bits = add(bits, half);
     }
     const I code = shr<kFraction>(bits);
-    return kCareful ? zero_where(no_bits(as_int(value), set1(0x7FFFFFFF)), code) : code;
+    return kCareful ? zero_where(is_zero(value), code) : code;
   });
 }
 
@@ -128,7 +101,7 @@ static inline void encode_plain(const GroupFormat& format, const float* x, float
     const I normal = sub(shr(rounded, shift), rebias);
     const I subnormal = sub(as_int(add(q, unit)), as_int(unit));
     const I code = umax(select(less(q, min_normal), subnormal, normal), keep);
-    const I flushed = zero_where(no_bits(as_int(value), set1(0x7FFFFFFF)), code);
+    const I flushed = zero_where(is_zero(value), code);
     return zero_where(no_bits(flushed, set1(0x7F)), insert_sign(flushed, value));
   });
 }
@@ -138,6 +111,7 @@ static inline void dither_fp8(const GroupFormat& format, const float* x, float a
   float values[128];
   for (int code = 0; code < 128; ++code) values[code] = decode_exact(format.codec, amax, meta, static_cast<uint8_t>(code));
   for (int i = 0; i < format.group_size; ++i) {
+    if (!is_finite(x[i])) continue;
     const float magnitude = bits_float(float_bits(x[i]) & kAbsMask);
     int below = codes[i] & 0x7F;
     if (values[below] > magnitude && below > 0) --below;
@@ -151,56 +125,18 @@ static inline void dither_fp8(const GroupFormat& format, const float* x, float a
   }
 }
 
-// 255 - the random byte of elements first .. first + n - 1; first is a multiple of 4.
+// 255 - the random byte of elements first .. first + n - 1; both are multiples of 32, as groups are.
 static inline void fill_noise(uint32_t key, int64_t first, int n, uint8_t* noise) {
-  const I start = set1(static_cast<int32_t>(key + static_cast<uint32_t>(first >> 2) * kGolden));
-  I counter = add(start, mul(iota(), set1(static_cast<int32_t>(kGolden))));
+  I counter = add(set1(static_cast<int32_t>(key + static_cast<uint32_t>(first >> 2) * kGolden)), mul(iota(), set1(static_cast<int32_t>(kGolden))));
   const I step = set1(static_cast<int32_t>(kGolden * static_cast<uint32_t>(kLanes)));
-  uint32_t words[kMaxGroup / 4];
-  for (int i = 0; i < n / 4; i += kLanes) {
-    I h = counter;
-    h = mul(xor_(h, shr<16>(h)), set1(static_cast<int32_t>(kMix1)));
+  for (int i = 0; i < n; i += 4 * kLanes) {
+    I h = mul(xor_(counter, shr<16>(counter)), set1(static_cast<int32_t>(kMix1)));
     h = mul(xor_(h, shr<13>(h)), set1(static_cast<int32_t>(kMix2)));
-    h = xor_(xor_(h, shr<16>(h)), set1(-1));
-    if (i + kLanes <= n / 4) {
-      store(words + i, h);
-    } else {
-      uint32_t last[kLanes];
-      store(last, h);
-      memcpy(words + i, last, static_cast<size_t>(n / 4 - i) * 4);
-    }
+    uint32_t words[kLanes];
+    store(words, xor_(xor_(h, shr<16>(h)), set1(-1)));
+    memcpy(noise + i, words, sizeof words);
     counter = add(counter, step);
   }
-  memcpy(noise, words, static_cast<size_t>(n));
-}
-
-template <bool kCareful>
-static void encode_finite(const GroupFormat& format, const float* x, float amax, uint8_t meta, const uint8_t* noise, uint8_t* codes) {
-  constexpr float one = 1 << kFraction;
-  const int n = format.group_size;
-  if (format.codec == Codec::kLog8) {
-    const Coefficients k = make_coefficients<kCareful>(250 * one / static_cast<float>(meta), 255 * static_cast<double>(one), amax);
-    const DitherTable* dither = &format.dither[meta];
-    if (format.stochastic) return encode_log8<kCareful, true>(k, dither, x, n, noise, codes);
-    return encode_log8<kCareful, false>(k, dither, x, n, noise, codes);
-  }
-  const BucketTable& table = *format.buckets;
-  const float slope = table.buckets_per_octave * (one / 16) * static_cast<float>(meta);
-  const Coefficients k = make_coefficients<kCareful>(slope, static_cast<double>(table.top), amax);
-  if (format.has_signs) return encode_expanded<kCareful, true>(k, table, x, n, codes);
-  encode_expanded<kCareful, false>(k, table, x, n, codes);
-}
-
-static inline GroupStats group_stats(const float* x, int n) {
-  I max_bits = set1(0), min_bits = set1(-1);
-  for (int i = 0; i < n; i += kLanes) {
-    const I bits = as_int(abs(load(x + i)));
-    max_bits = umax(max_bits, bits);
-    min_bits = umin(min_bits, bits);
-  }
-  uint32_t out[4];
-  reduce(max_bits, max_bits, min_bits, min_bits, out);
-  return {out[0], out[2]};
 }
 
 static inline uint32_t smallest_nonzero(const float* x, int n) {
@@ -212,47 +148,94 @@ static inline uint32_t smallest_nonzero(const float* x, int n) {
   return out[2] + 1;
 }
 
-// Writes one group's codes, amax and metadata byte. stats are those of x; key and first (the group's first element in its
-// tensor) are for stochastic rounding.
-static inline void encode_group(const GroupFormat& format, const float* x, GroupStats stats, uint32_t key, int64_t first,
-                                uint8_t* codes, float* amax, uint8_t* meta) {
+// One group of any finite or non-finite values, nearest for FP8.
+static inline void encode_carefully(const GroupFormat& format, const float* x, GroupStats stats, const uint8_t* noise, uint8_t* codes,
+                                    float* amax, uint8_t* meta) {
   const int n = format.group_size;
-  const float* given = x;
+  const float* const given = x;
   float finite[kMaxGroup];
   if (stats.max_bits >= kInfBits) {
     for (int i = 0; i < n; ++i) finite[i] = is_finite(x[i]) ? x[i] : 0.0f;
     x = finite;
     stats = group_stats(x, n);
   }
-  bool careful = stats.min_bits < kMinNormalBits;
-  if (careful && stats.max_bits > 0) stats.min_bits = smallest_nonzero(x, n);
+  if (stats.max_bits > 0) stats.min_bits = smallest_nonzero(x, n);
   *amax = bits_float(stats.max_bits);
   *meta = group_meta(format.codec, stats.max_bits, stats.min_bits);
+  float c[kNumCoefficients];
+  constexpr float one = 1 << kFraction;
   if (stats.max_bits == 0) {
     memset(codes, 0, static_cast<size_t>(n));
+  } else if (format.codec == Codec::kLog8) {
+    careful_coefficients(250 * one / static_cast<float>(*meta), 255 * one, *amax, c);
+    if (format.stochastic) {
+      encode_log8<true, true>({c, 1}, format.dither[*meta], x, n, noise, codes);
+    } else {
+      encode_log8<true, false>({c, 1}, format.dither[*meta], x, n, noise, codes);
+    }
+  } else if (format.expand) {
+    careful_coefficients(format.buckets->buckets_per_octave * (one / 16) * static_cast<float>(*meta), format.buckets->top, *amax, c);
+    encode_expanded<true, true>({c, 1}, *format.buckets, x, n, codes);
   } else {
-    uint8_t noise[kMaxGroup];
-    if (format.stochastic) fill_noise(key, first, n, noise);
-    const bool is_log8 = format.codec == Codec::kLog8;
-    if (is_log8) {
-      careful |= *meta < 4 || *meta == 255;
-    } else {
-      careful |= stats.max_bits - stats.min_bits >= static_cast<uint32_t>(kMaxOctaves) << 23;
-    }
-    if (!is_log8 && !codec_spec(format.codec).expand) {
-      encode_plain(format, x, *amax, codes);
-    } else if (careful) {
-      encode_finite<true>(format, x, *amax, *meta, noise, codes);
-    } else {
-      encode_finite<false>(format, x, *amax, *meta, noise, codes);
-    }
-    if (format.stochastic && !is_log8) dither_fp8(format, x, *amax, *meta, noise, codes);
+    encode_plain(format, x, *amax, codes);
   }
-  if (x != given) {
-    const uint8_t nan_code = format.codec == Codec::kLog8 ? 0 : kNanCode;
-    for (int i = 0; i < n; ++i) {
-      if (!is_finite(given[i])) codes[i] = nan_code;
+  if (x == given) return;
+  const uint8_t nan_code = format.codec == Codec::kLog8 ? 0 : kNanCode;
+  for (int i = 0; i < n; ++i) {
+    if (!is_finite(given[i])) codes[i] = nan_code;
+  }
+}
+
+// Encodes `groups` groups of x by `encode(group, x, codes, noise)`, or carefully where the plan says so.
+template <typename Encode>
+COAT_SIMD_INLINE void encode_each(const GroupFormat& format, const Plan& plan, const float* x, int groups, const Destination& to,
+                                  const uint8_t* noise, Encode encode) {
+  const int n = format.group_size;
+  for (int g = 0; g < groups; ++g) {
+    prefetch(to.upcoming[0], g);
+    prefetch(to.upcoming[1], g);
+    float* const amax = to.amax + g * to.stride;
+    uint8_t* const meta = to.meta + g * to.stride;
+    if (plan.fast[g] != 0) {
+      *amax = bits_float(plan.max_bits[g]);
+      *meta = static_cast<uint8_t>(plan.meta[g]);
+      encode(g, x + g * n, to.codes + g * n, noise + g * n);
+    } else {
+      encode_carefully(format, x + g * n, {plan.max_bits[g], plan.min_bits[g]}, noise + g * n, to.codes + g * n, amax, meta);
     }
+  }
+}
+
+// Writes the codes, amax and metadata bytes of `groups` groups, at most kMaxGroups. plan holds the max_bits and min_bits of x.
+static inline void encode_groups(const GroupFormat& format, Plan* plan, const float* x, int groups, const Destination& to) {
+  make_plan(format, groups, plan);
+  const int n = format.group_size;
+  alignas(64) uint8_t noise[kBlock];
+  if (format.stochastic) fill_noise(to.key, to.first, groups * n, noise);
+  const auto coefficients = [&](int g) __attribute__((always_inline)) { return Coefficients{plan->c[0] + g, kMaxGroups}; };
+  const auto run = [&](auto encode) __attribute__((always_inline)) { encode_each(format, *plan, x, groups, to, noise, encode); };
+  if (format.codec == Codec::kLog8 && format.stochastic) {
+    run([&](int g, const float* values, uint8_t* codes, const uint8_t* random) __attribute__((always_inline)) {
+      encode_log8<false, true>(coefficients(g), format.dither[plan->meta[g]], values, n, random, codes);
+    });
+  } else if (format.codec == Codec::kLog8) {
+    run([&](int g, const float* values, uint8_t* codes, const uint8_t* random) __attribute__((always_inline)) {
+      encode_log8<false, false>(coefficients(g), format.dither[plan->meta[g]], values, n, random, codes);
+    });
+  } else if (!format.expand) {
+    run([&](int g, const float* values, uint8_t* codes, const uint8_t*) { encode_plain(format, values, bits_float(plan->max_bits[g]), codes); });
+  } else if (format.has_signs) {
+    run([&](int g, const float* values, uint8_t* codes, const uint8_t*) __attribute__((always_inline)) {
+      encode_expanded<false, true>(coefficients(g), *format.buckets, values, n, codes);
+    });
+  } else {
+    run([&](int g, const float* values, uint8_t* codes, const uint8_t*) __attribute__((always_inline)) {
+      encode_expanded<false, false>(coefficients(g), *format.buckets, values, n, codes);
+    });
+  }
+  if (!format.stochastic || format.codec == Codec::kLog8) return;
+  for (int g = 0; g < groups; ++g) {
+    if (plan->max_bits[g] > 0) dither_fp8(format, x + g * n, to.amax[g * to.stride], to.meta[g * to.stride], noise + g * n, to.codes + g * n);
   }
 }
 

@@ -7,15 +7,23 @@ namespace coat::COAT_ISA {
 
 void quantize(const QuantizeJob& job, int64_t begin, int64_t end) {
   const int size = job.format.group_size;
-  alignas(64) float x[kMaxGroup];
-  uint8_t codes[kMaxGroup];
-  for (int64_t group = begin; group < end; ++group) {
+  alignas(64) float x[kBlock];
+  alignas(64) uint8_t codes[kBlock];
+  Plan plan{};
+  for (int64_t group = begin; group < end; group += kBlock / size) {
+    const int groups = static_cast<int>(end - group < kBlock / size ? end - group : kBlock / size);
     const int64_t first = group * size;
-    const int count = static_cast<int>(job.numel - first < size ? job.numel - first : size);
-    load_floats(at(job.x, job.x_dtype, first), job.x_dtype, count, size, x);
-    uint8_t* out = count < size ? codes : job.codes + first;
-    encode_group(job.format, x, group_stats(x, size), job.key, first, out, job.amax + group, job.k16 + group);
-    if (count < size) memcpy(job.codes + first, codes, static_cast<size_t>(count));
+    const int padded = groups * size;
+    const int count = static_cast<int>(job.numel - first < padded ? job.numel - first : padded);
+    load_floats(at(job.x, job.x_dtype, first), job.x_dtype, count, padded, x);
+    for (int g = 0; g < groups; ++g) {
+      const GroupStats stats = group_stats(x + g * size, size);
+      plan.max_bits[g] = stats.max_bits;
+      plan.min_bits[g] = stats.min_bits;
+    }
+    uint8_t* const out = count < padded ? codes : job.codes + first;
+    encode_groups(job.format, &plan, x, groups, {out, job.amax + group, job.k16 + group, 1, job.key, first, {}});
+    if (count < padded) memcpy(job.codes + first, codes, static_cast<size_t>(count));
   }
 }
 

@@ -17,7 +17,9 @@ struct GroupFormat {
   bool has_signs;     // false promises values >= 0
   bool keep_nonzero;  // no non-zero value takes code 0
   bool stochastic;
+  bool expand;
   int group_size;
+  int range_q15;
   int max_code;
   int low_mask;
   const DecodeTable* decode;   // [256] by metadata byte
@@ -83,7 +85,7 @@ struct Kernels {
   void (*step)(const StepJob&, const StepRow&, int64_t begin, int64_t end);
 };
 
-constexpr int kBlock = 2048;  // elements that a kernel works on at a time: its buffers stay in L1
+constexpr int kBlock = 1024;  // elements that a kernel works on at a time: its buffers stay in L1
 constexpr int kMinGroup = 32, kMaxGroup = 256;
 
 #define COAT_DECLARE_KERNELS(isa)                                        \

@@ -118,6 +118,8 @@ GroupFormat make_format(Codec codec, int group_size, bool has_signs, bool keep_n
   format.keep_nonzero = keep_nonzero;
   format.stochastic = stochastic;
   format.group_size = group_size;
+  format.expand = codec_spec(codec).expand;
+  format.range_q15 = codec_spec(codec).range_q15;
   format.max_code = codec_spec(codec).max_code;
   format.low_mask = codec == Codec::kLog8 ? kLog8LowMask : kFp8LowMask;
   if (format.quantized) format.decode = decode_tables(codec);

@@ -23,10 +23,13 @@ COAT_SIMD_INLINE F set1(float x) { return _mm256_set1_ps(x); }
 COAT_SIMD_INLINE I set1(int32_t x) { return _mm256_set1_epi32(x); }
 COAT_SIMD_INLINE I iota() { return _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7); }
 COAT_SIMD_INLINE F load(const float* p) { return _mm256_loadu_ps(p); }
+COAT_SIMD_INLINE I load(const uint32_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
 COAT_SIMD_INLINE void store(float* p, F x) { _mm256_storeu_ps(p, x); }
 COAT_SIMD_INLINE void store(uint32_t* p, I x) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), x); }
 COAT_SIMD_INLINE I as_int(F x) { return _mm256_castps_si256(x); }
 COAT_SIMD_INLINE F as_float(I x) { return _mm256_castsi256_ps(x); }
+COAT_SIMD_INLINE F to_float(I x) { return _mm256_cvtepi32_ps(x); }
+COAT_SIMD_INLINE I truncate(F x) { return _mm256_cvttps_epi32(x); }
 
 COAT_SIMD_INLINE F add(F a, F b) { return _mm256_add_ps(a, b); }
 COAT_SIMD_INLINE F sub(F a, F b) { return _mm256_sub_ps(a, b); }
@@ -75,8 +78,8 @@ COAT_SIMD_INLINE I lookup(Table16 t, I index) {
   return as_int(_mm256_blendv_ps(first, second, as_float(shl<28>(index))));
 }
 COAT_SIMD_INLINE I lookup(Table32 t, I index) { return _mm256_i32gather_epi32(t.entries, and_(index, set1(31)), 4); }
-template <typename Table>
-COAT_SIMD_INLINE I lookup_where(M m, Table t, I index, I otherwise) {
+// lookup(t, index) where m, else otherwise.
+COAT_SIMD_INLINE I lookup_where(M m, Table16 t, I index, I otherwise) {
   return select(m, lookup(t, index), otherwise);
 }
 

@@ -21,10 +21,13 @@ COAT_SIMD_INLINE F set1(float x) { return _mm512_set1_ps(x); }
 COAT_SIMD_INLINE I set1(int32_t x) { return _mm512_set1_epi32(x); }
 COAT_SIMD_INLINE I iota() { return _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15); }
 COAT_SIMD_INLINE F load(const float* p) { return _mm512_loadu_ps(p); }
+COAT_SIMD_INLINE I load(const uint32_t* p) { return _mm512_loadu_si512(p); }
 COAT_SIMD_INLINE void store(float* p, F x) { _mm512_storeu_ps(p, x); }
 COAT_SIMD_INLINE void store(uint32_t* p, I x) { _mm512_storeu_si512(p, x); }
 COAT_SIMD_INLINE I as_int(F x) { return _mm512_castps_si512(x); }
 COAT_SIMD_INLINE F as_float(I x) { return _mm512_castsi512_ps(x); }
+COAT_SIMD_INLINE F to_float(I x) { return _mm512_cvtepi32_ps(x); }
+COAT_SIMD_INLINE I truncate(F x) { return _mm512_cvttps_epi32(x); }
 
 COAT_SIMD_INLINE F add(F a, F b) { return _mm512_add_ps(a, b); }
 COAT_SIMD_INLINE F sub(F a, F b) { return _mm512_sub_ps(a, b); }
@@ -71,10 +74,6 @@ COAT_SIMD_INLINE I lookup(Table32 t, I index) { return _mm512_permutex2var_epi32
 COAT_SIMD_INLINE I lookup_where(M m, Table16 t, I index, I otherwise) {
   return _mm512_mask_permutexvar_epi32(otherwise, m, index, t.entries);
 }
-COAT_SIMD_INLINE I lookup_where(M m, Table32 t, I index, I otherwise) {
-  // the masked form of the instruction keeps its index register, not a third operand
-  return _mm512_mask_blend_epi32(m, otherwise, lookup(t, index));
-}
 
 // |x| = mantissa * 2^exponent, mantissa in [1, 2), subnormals included; 0 has exponent -inf and mantissa 1.
 COAT_SIMD_INLINE void split_normal(F x, F* exponent, F* mantissa) {
@@ -114,12 +113,11 @@ COAT_SIMD_INLINE void store_bf16(uint16_t* p, F x) {
 
 // Whether any of n (a multiple of 32) codes has a magnitude above max_code.
 COAT_SIMD_INLINE bool any_above(const uint8_t* codes, int n, int max_code) {
-  const __m256i magnitude = _mm256_set1_epi8(0x7F), limit = _mm256_set1_epi8(static_cast<char>(max_code));
-  __mmask32 found = 0;
-  for (int i = 0; i < n; i += 32) {
-    const __m256i c = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes + i));
-    found |= _mm256_cmpgt_epi8_mask(_mm256_and_si256(c, magnitude), limit);
-  }
+  const __m512i magnitude = _mm512_set1_epi8(0x7F), limit = _mm512_set1_epi8(static_cast<char>(max_code));
+  const auto above = [&](__m512i c) { return _mm512_cmpgt_epi8_mask(_mm512_and_si512(c, magnitude), limit); };
+  if (n == 32) return above(_mm512_zextsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes)))) != 0;
+  __mmask64 found = 0;
+  for (int i = 0; i < n; i += 64) found |= above(_mm512_loadu_si512(codes + i));
   return found != 0;
 }
 

@@ -147,9 +147,9 @@ def test_degenerate_at_every_position(kernels, codec, value):
 
 @every_codec
 def test_constant_groups_round_trip(kernels, codec):
-    """Any magnitude, one a group, any signs: exact. Without expansion, where amax / max is a normal float32."""
+    """Any magnitude, one a group, any signs: exact. Without expansion, where the smallest code value is a normal float32."""
     generator = torch.Generator().manual_seed(5)
-    smallest = 1 if codec.expand or codec.name == "log8" else 0x10000000
+    smallest = 1 if codec.expand or codec.name == "log8" else 0x18000000
     bits = torch.randint(smallest, 0x7F800000, (1024, 1), generator=generator, dtype=torch.int32)
     x = bits.view(torch.float32).expand(1024, 32).clone()
     if codec.signed:
