@@ -10,8 +10,8 @@
 
 namespace coat::COAT_ISA {
 
-// Memory that is read after this encode, bytes_per_group for each group: encoding itself reads none outside L1, so the time
-// hides the latency. All at once would fill the line buffers and wait (1.5 times slower on arrays in DRAM).
+// Memory that is read after this encode, bytes_per_group for each group: encoding itself reads none outside L1. Brought to
+// L2 it saves 3 % of a step on arrays in DRAM; to L1 it costs as much, for the line buffers it holds.
 struct Upcoming {
   const char* address;
   int bytes_per_group;
@@ -19,7 +19,7 @@ struct Upcoming {
 
 COAT_SIMD_INLINE void prefetch(const Upcoming& upcoming, int group) {
   const char* const from = upcoming.address + static_cast<int64_t>(group) * upcoming.bytes_per_group;
-  for (int i = 0; i < upcoming.bytes_per_group; i += 64) __builtin_prefetch(from + i);
+  for (int i = 0; i < upcoming.bytes_per_group; i += 64) __builtin_prefetch(from + i, 0, 2);
 }
 
 // Where the groups of one array go, and what stochastic rounding needs.
