@@ -32,7 +32,7 @@ def demo(
         raise typer.BadParameter(f"got {device!r}; this machine has {', '.join(available)}; leave the option out to take the best")
     settle_libraries()
     try:
-        from .demo import DemoError, Settings, run_demo
+        from .comparison import DemoError, Settings, run_demo
     except ModuleNotFoundError as error:
         console.print(f"coat demo needs the package {error.name!r}, which is not installed; pip install 'coat-kernels\\[train]' brings it")
         raise typer.Exit(1) from error

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from skimage import data as skimage_data
 from torch import Tensor
 
-IMAGE_SIZE = 48
+IMAGE_SIZE = 40
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,6 @@ PHOTOGRAPHS = (
     Photograph("coins", "coins", "Brooklyn Museum Collection, no known copyright restrictions"),
     Photograph("deep field", "hubble_deep_field", "NASA, public domain"),
     Photograph("tissue", "immunohistochemistry", "Center for Microscopy And Molecular Imaging, no known copyright restrictions"),
-    Photograph("moon", "moon", "NASA, public domain"),
     Photograph("retina", "retina", "Wikimedia Commons, CC0"),
     Photograph("rocket", "rocket", "SpaceX, public domain"),
     Photograph("cat", "chelsea", "Stefan van der Walt, CC0"),

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from .data import IMAGE_SIZE
 
-LATENT_SIZE = 24  # frequencies kept of each axis
+LATENT_SIZE = 20  # frequencies kept of each axis
 FOLD = 2  # frequencies of one axis in a latent; FLUX packs 2 x 2 latents into one token
 TOKEN_CHANNELS = 3 * (2 * FOLD) ** 2
 GRID = LATENT_SIZE // (2 * FOLD)  # tokens of one axis

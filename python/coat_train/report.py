@@ -96,9 +96,9 @@ def draw_picture(path: Path, runs: list[Run], rows: list[tuple[str, Tensor]]) ->
     for run, style in zip(runs, ("-", "--"), strict=True):
         (line,) = axis.plot(_smooth(run.losses), style, label=run.name, linewidth=1.8)
         axis.plot(run.losses, color=line.get_color(), alpha=0.15, linewidth=0.7)
-    axis.set(xlabel="step", ylabel="flow-matching loss", title=f"LoRA for the held-out photograph '{HELD_OUT}'", yscale="log")
+    axis.set(xlabel="step", ylabel="flow-matching loss", title=f"LoRA for the held-out photograph '{HELD_OUT}'")
     axis.legend()
-    axis.grid(alpha=0.3, which="both")
+    axis.grid(alpha=0.3)
     for i, (label, images) in enumerate(rows):
         axis = figure.add_subplot(grid[1 + i])
         axis.imshow(_strip(images), interpolation="nearest")

@@ -15,7 +15,7 @@ from rich.console import Console
 
 settle_libraries()
 
-from coat_train.demo import Outcome, Settings, run_demo  # noqa: E402  (diffusers logs on import)
+from coat_train.comparison import Outcome, Settings, run_demo  # noqa: E402  (diffusers logs on import)
 
 
 @pytest.fixture(scope="session")

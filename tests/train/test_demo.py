@@ -5,13 +5,14 @@ from __future__ import annotations
 import copy
 import io
 import json
+from pathlib import Path
 
 import pytest
 import torch
-from coat_train import demo
+from coat_train import comparison
 from coat_train.cli import app
+from coat_train.comparison import DemoError, Settings, reload_difference, train_base, train_loras
 from coat_train.data import HELD_OUT, PHOTOGRAPHS, ImageClasses
-from coat_train.demo import DemoError, Settings, reload_difference, train_base, train_loras
 from coat_train.measure import quantized_share, state_bytes_per_parameter
 from coat_train.model import Prompts
 from matplotlib.image import imread
@@ -98,7 +99,7 @@ def test_same_seed_same_losses(quick):
 
 def test_training_learns():
     """Sixty steps on one class take the loss well under that of a model that predicts nothing."""
-    settings = Settings(demo.Path("unused"), base_steps=60, batch_size=8)
+    settings = Settings(Path("unused"), base_steps=60, batch_size=8)
     classes = ImageClasses.load(0, n_train=16, n_evaluation=1)
     prompts = Prompts.random(len(classes.names), 0, CPU)
     losses = train_base(settings, classes, prompts, lambda losses: None).losses
@@ -121,21 +122,21 @@ def test_measures_count_state():
 def test_command_line(tmp_path, monkeypatch):
     runner = CliRunner()
     seen = []
-    monkeypatch.setattr(demo, "run_demo", lambda settings, console: seen.append(settings))
+    monkeypatch.setattr(comparison, "run_demo", lambda settings, console: seen.append(settings))
     assert runner.invoke(app, ["demo", "--quick", "--output", str(tmp_path), "--device", "cpu", "--seed", "7"]).exit_code == 0
     assert seen == [Settings.quick(tmp_path, "cpu", 7)]
 
     def stop(settings, console):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(demo, "run_demo", stop)
+    monkeypatch.setattr(comparison, "run_demo", stop)
     stopped = runner.invoke(app, ["demo", "--output", str(tmp_path)])
     assert stopped.exit_code == 130 and "Stopped" in stopped.output
 
     def fail(settings, console):
         raise DemoError("the LoRA differs")
 
-    monkeypatch.setattr(demo, "run_demo", fail)
+    monkeypatch.setattr(comparison, "run_demo", fail)
     failed = runner.invoke(app, ["demo", "--output", str(tmp_path)])
     assert failed.exit_code == 1 and "the LoRA differs" in failed.output
 
@@ -145,7 +146,7 @@ def test_command_line(tmp_path, monkeypatch):
 
 def test_progress_shows_phase_loss_and_time_left():
     console = Console(file=io.StringIO(), width=140)
-    with demo._progress(console) as progress, demo.progress_phase(progress, f"LoRA '{HELD_OUT}'", 2) as on_step:
+    with comparison._progress(console) as progress, comparison.progress_phase(progress, f"LoRA '{HELD_OUT}'", 2) as on_step:
         on_step([0.5, 0.25])
     printed = console.file.getvalue()
     assert f"LoRA '{HELD_OUT}'" in printed and "1/2" in printed and "loss 0.500 / 0.250" in printed and "left" in printed

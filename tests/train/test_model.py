@@ -29,7 +29,7 @@ def test_tokens_hold_the_low_frequencies(photographs):
     tokens = images_to_tokens(photographs)
     assert tokens.shape == (len(photographs), GRID**2, TOKEN_CHANNELS)
     restored = tokens_to_images(tokens)
-    # What the transform drops is a small part of a photograph; what it keeps, it keeps to float32 rounding of sums of 48.
+    # What the transform drops is a small part of a photograph; what it keeps, it keeps to float32 rounding of sums of 40.
     assert (restored - photographs).pow(2).mean() < 0.05 * photographs.var()
     torch.testing.assert_close(images_to_tokens(restored), tokens, rtol=0, atol=3e-5)
 
