@@ -59,8 +59,8 @@ void dequantize_group(uintptr_t codes, uintptr_t amax, uintptr_t k16, int64_t nu
 }
 
 void adamw_fp8(uintptr_t table, int64_t n_tensors, int param_dtype, int grad_dtype, int exp_avg_codec, int exp_avg_sq_codec, int group_size,
-               bool stochastic_exp_avg, bool stochastic_exp_avg_sq, int param_rounding, int64_t seed, double lr, double beta1,
-               double beta2, double eps, double weight_decay, bool maximize, double grad_scale, int threads) {
+               bool stochastic_exp_avg, bool stochastic_exp_avg_sq, int param_rounding, int64_t seed, double lr, double beta1, double beta2,
+               double eps, double weight_decay, bool maximize, double grad_scale, int threads) {
   check_codec(exp_avg_codec, false);
   check_codec(exp_avg_sq_codec, false);
   check_group_size(group_size);
@@ -75,7 +75,8 @@ void adamw_fp8(uintptr_t table, int64_t n_tensors, int param_dtype, int grad_dty
   format.stochastic_exp_avg_sq = stochastic_exp_avg_sq;
   format.param_rounding = static_cast<coat::ParamRounding>(param_rounding);
   if (format.param_rounding == coat::ParamRounding::kSplit && format.param_dtype != coat::DType::kBFloat16) {
-    throw py::value_error("param_rounding 'split' stores bfloat16 parameters with a residual; got dtype number " + std::to_string(param_dtype));
+    throw py::value_error("param_rounding 'split' stores bfloat16 parameters with a residual; got dtype number " +
+                          std::to_string(param_dtype));
   }
   format.seed = static_cast<uint32_t>(seed);
   const coat::Hyperparameters hyper{lr, beta1, beta2, eps, weight_decay, maximize, grad_scale};
@@ -97,7 +98,7 @@ PYBIND11_MODULE(_C, m) {
         py::arg("numel"), py::arg("codec"), py::arg("group_size"), py::arg("out"), py::arg("out_dtype"), py::arg("threads"));
   m.def("adamw_fp8", &adamw_fp8, "One AdamW step of every row of an int64 [n_tensors, 10] table, in place.", py::arg("table"),
         py::arg("n_tensors"), py::arg("param_dtype"), py::arg("grad_dtype"), py::arg("exp_avg_codec"), py::arg("exp_avg_sq_codec"),
-        py::arg("group_size"), py::arg("stochastic_exp_avg"), py::arg("stochastic_exp_avg_sq"), py::arg("param_rounding"),
-        py::arg("seed"), py::arg("lr"), py::arg("beta1"), py::arg("beta2"), py::arg("eps"), py::arg("weight_decay"),
-        py::arg("maximize"), py::arg("grad_scale"), py::arg("threads"));
+        py::arg("group_size"), py::arg("stochastic_exp_avg"), py::arg("stochastic_exp_avg_sq"), py::arg("param_rounding"), py::arg("seed"),
+        py::arg("lr"), py::arg("beta1"), py::arg("beta2"), py::arg("eps"), py::arg("weight_decay"), py::arg("maximize"),
+        py::arg("grad_scale"), py::arg("threads"));
 }

@@ -15,10 +15,10 @@ namespace {
 struct Moment {
   const GroupFormat* format;
   float beta;
-  int column;       // in amax and k16
-  void* state;      // of the tensor
-  uint8_t* codes;   // of the block
-  float* values;    // of the block: the state itself where it is not quantized
+  int column;      // in amax and k16
+  void* state;     // of the tensor
+  uint8_t* codes;  // of the block
+  float* values;   // of the block: the state itself where it is not quantized
   Plan plan;
 };
 
@@ -45,19 +45,19 @@ struct Workspace {
   alignas(64) uint8_t exp_avg_sq_codes[kBlock];
 };
 
-// The decode table of one moment's group, or null with its values decoded (or never encoded).
+// The decode table of one moment's group, or null with its values at hand: beta times them where it is quantized.
 const DecodeTable* open_group(const Block& block, const Moment& moment, int group) {
   const GroupFormat& format = *moment.format;
+  const int n = format.group_size, at = group * n;
   if (!format.quantized) return nullptr;
   const float amax = block.amax(moment, group)[0];
   const uint8_t meta = block.meta(moment, group)[0];
-  const int at = group * format.group_size;
-  if (tables_serve(format, moment.codes + at, amax, meta)) return &format.decode[meta];
-  decode_exactly(format, moment.codes + at, amax, meta, moment.values + at);
+  if (!out_of_range(format, amax, meta) && !has_nan(format, moment.codes + at)) return &format.decode[meta];
+  decode_group(format, moment.codes + at, amax, meta, moment.beta, moment.values + at);
   return nullptr;
 }
 
-// Advances one group. A moment with kTable is decoded on the fly, with its beta folded in; the values of the other are there.
+// Advances one group. A moment with kTable is decoded on the fly, with its beta folded in; the values of the other are at hand.
 template <bool kTableM, bool kTableV>
 void advance(Block& block, int group, const DecodeTable* tables_m, const DecodeTable* tables_v) {
   const StepJob& job = *block.job;
@@ -67,7 +67,8 @@ void advance(Block& block, int group, const DecodeTable* tables_m, const DecodeT
   const float* const grad = block.grad + at;
   float *const exp_avg = moment_m.values + at, *const exp_avg_sq = moment_v.values + at;
   const uint8_t *const codes_m = moment_m.codes + at, *const codes_v = moment_v.codes + at;
-  const F beta1 = set1(job.beta1), beta2 = set1(job.beta2), to_m = set1(job.grad_to_exp_avg), to_root_v = set1(job.grad_to_root_sq);
+  const F beta1 = set1(job.exp_avg.quantized ? 1.0f : job.beta1), beta2 = set1(job.exp_avg_sq.quantized ? 1.0f : job.beta2);
+  const F to_m = set1(job.grad_to_exp_avg), to_root_v = set1(job.grad_to_root_sq);
   const F decay = set1(job.decay), eps = set1(job.eps), step_size = set1(block.row->step_size);
   const F inv_bias2_root = set1(block.row->inv_bias2_root);
   Decoder decode_m, decode_v;

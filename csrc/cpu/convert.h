@@ -45,10 +45,10 @@ static inline void store_floats(const float* x, int count, DType dtype, void* ou
   for (; i < count; ++i) half[i] = to_dtype(x[i], dtype);
 }
 
-// x, dithered and rounded to a 16-bit dtype; first is the index of x[0] in its tensor. Overwrites x.
-static inline void store_stochastic(float* x, int count, DType dtype, uint32_t key, int64_t first, void* out) {
-  for (int i = 0; i < count; ++i) x[i] = add_dither(x[i], dtype, random16(key, static_cast<uint64_t>(first + i)));
-  store_floats(x, count, dtype, out);
+// x, rounded stochastically to a 16-bit dtype; first is the index of x[0] in its tensor.
+static inline void store_stochastic(const float* x, int count, DType dtype, uint32_t key, int64_t first, void* out) {
+  auto* half = static_cast<uint16_t*>(out);
+  for (int i = 0; i < count; ++i) half[i] = to_dtype_stochastic(x[i], dtype, random16(key, static_cast<uint64_t>(first + i)));
 }
 
 static inline void load_split(const void* param, const int8_t* residual, int count, int padded, float* out) {

@@ -22,20 +22,28 @@ COAT_SIMD_INLINE F decode(const Decoder& decoder, const uint8_t* codes) {
   return mul(as_float(hi), as_float(lo));
 }
 
-// Whether a Decoder is exact enough: no NaN codes, no product outside float32's normal range.
-static inline bool tables_serve(const GroupFormat& format, const uint8_t* codes, float amax, uint8_t meta) {
-  if (amax != 0 && amax < format.decode[meta].exact_below) return false;
-  return !is_fp8(format.codec) || !any_above(codes, format.group_size, format.max_code);
+// Whether a product of the tables may leave float32's normal range.
+COAT_SIMD_INLINE bool out_of_range(const GroupFormat& format, float amax, uint8_t meta) {
+  return amax != 0 && amax < format.decode[meta].exact_below;
 }
 
-static inline void decode_exactly(const GroupFormat& format, const uint8_t* codes, float amax, uint8_t meta, float* out) {
-  for (int i = 0; i < format.group_size; ++i) out[i] = decode_exact(format.codec, amax, meta, codes[i]);
+COAT_SIMD_INLINE bool has_nan(const GroupFormat& format, const uint8_t* codes) {
+  return is_fp8(format.codec) && any_above(codes, format.group_size, format.max_code);
 }
 
-static inline void decode_group(const GroupFormat& format, const uint8_t* codes, float amax, uint8_t meta, float* out) {
-  if (!tables_serve(format, codes, amax, meta)) return decode_exactly(format, codes, amax, meta, out);
-  const Decoder decoder = make_decoder(format.decode[meta], format.low_mask, amax, 1.0f);
-  for (int i = 0; i < format.group_size; i += kLanes) store(out + i, decode(decoder, codes + i));
+// A group's values times factor, to the same bit as make_decoder's.
+static inline void decode_group(const GroupFormat& format, const uint8_t* codes, float amax, uint8_t meta, float factor, float* out) {
+  const int n = format.group_size;
+  if (out_of_range(format, amax, meta)) {
+    for (int i = 0; i < n; ++i) out[i] = decode_exact(format.codec, amax, meta, codes[i]) * factor;
+    return;
+  }
+  const Decoder decoder = make_decoder(format.decode[meta], format.low_mask, amax, factor);
+  for (int i = 0; i < n; i += kLanes) store(out + i, decode(decoder, codes + i));
+  if (!has_nan(format, codes)) return;
+  for (int i = 0; i < n; ++i) {
+    if ((codes[i] & 0x7F) > format.max_code) out[i] = bits_float(kNanBits);
+  }
 }
 
 }  // namespace coat::COAT_ISA

@@ -127,7 +127,8 @@ static inline void dither_fp8(const GroupFormat& format, const float* x, float a
 
 // 255 - the random byte of elements first .. first + n - 1; both are multiples of 32, as groups are.
 static inline void fill_noise(uint32_t key, int64_t first, int n, uint8_t* noise) {
-  I counter = add(set1(static_cast<int32_t>(key + static_cast<uint32_t>(first >> 2) * kGolden)), mul(iota(), set1(static_cast<int32_t>(kGolden))));
+  I counter =
+      add(set1(static_cast<int32_t>(key + static_cast<uint32_t>(first >> 2) * kGolden)), mul(iota(), set1(static_cast<int32_t>(kGolden))));
   const I step = set1(static_cast<int32_t>(kGolden * static_cast<uint32_t>(kLanes)));
   for (int i = 0; i < n; i += 4 * kLanes) {
     I h = mul(xor_(counter, shr<16>(counter)), set1(static_cast<int32_t>(kMix1)));
@@ -223,19 +224,20 @@ static inline void encode_groups(const GroupFormat& format, Plan* plan, const fl
       encode_log8<false, false>(coefficients(g), format.dither[plan->meta[g]], values, n, random, codes);
     });
   } else if (!format.expand) {
-    run([&](int g, const float* values, uint8_t* codes, const uint8_t*) { encode_plain(format, values, bits_float(plan->max_bits[g]), codes); });
+    run([&](int g, const float* values, uint8_t* codes, const uint8_t*) {
+      encode_plain(format, values, bits_float(plan->max_bits[g]), codes);
+    });
   } else if (format.has_signs) {
-    run([&](int g, const float* values, uint8_t* codes, const uint8_t*) __attribute__((always_inline)) {
-      encode_expanded<false, true>(coefficients(g), *format.buckets, values, n, codes);
-    });
+    run([&](int g, const float* values, uint8_t* codes, const uint8_t*)
+            __attribute__((always_inline)) { encode_expanded<false, true>(coefficients(g), *format.buckets, values, n, codes); });
   } else {
-    run([&](int g, const float* values, uint8_t* codes, const uint8_t*) __attribute__((always_inline)) {
-      encode_expanded<false, false>(coefficients(g), *format.buckets, values, n, codes);
-    });
+    run([&](int g, const float* values, uint8_t* codes, const uint8_t*)
+            __attribute__((always_inline)) { encode_expanded<false, false>(coefficients(g), *format.buckets, values, n, codes); });
   }
   if (!format.stochastic || format.codec == Codec::kLog8) return;
   for (int g = 0; g < groups; ++g) {
-    if (plan->max_bits[g] > 0) dither_fp8(format, x + g * n, to.amax[g * to.stride], to.meta[g * to.stride], noise + g * n, to.codes + g * n);
+    if (plan->max_bits[g] > 0)
+      dither_fp8(format, x + g * n, to.amax[g * to.stride], to.meta[g * to.stride], noise + g * n, to.codes + g * n);
   }
 }
 

@@ -36,7 +36,7 @@ void dequantize(const DequantizeJob& job, int64_t begin, int64_t end) {
     const int count = static_cast<int>(job.numel - first < size ? job.numel - first : size);
     const uint8_t* in = job.codes + first;
     if (count < size) in = static_cast<const uint8_t*>(memcpy(codes, in, static_cast<size_t>(count)));
-    decode_group(job.format, in, job.amax[group], job.k16[group], x);
+    decode_group(job.format, in, job.amax[group], job.k16[group], 1.0f, x);
     store_floats(x, count, job.out_dtype, at(job.out, job.out_dtype, first));
   }
 }

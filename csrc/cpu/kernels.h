@@ -56,9 +56,9 @@ struct StepJob {
   DType param_dtype, grad_dtype;
   ParamRounding param_rounding;
   float beta1, beta2, eps;
-  float decay;             // 1 - lr * weight_decay
-  float grad_to_exp_avg;   // (1 - beta1) / grad_scale, negative to maximize
-  float grad_to_root_sq;   // sqrt(1 - beta2) / grad_scale
+  float decay;            // 1 - lr * weight_decay
+  float grad_to_exp_avg;  // (1 - beta1) / grad_scale, negative to maximize
+  float grad_to_root_sq;  // sqrt(1 - beta2) / grad_scale
   float inv_grad_scale;
 };
 
@@ -71,10 +71,10 @@ struct StepRow {
   uint8_t* k16;  // [n_groups, 2]
   int8_t* residual;
   int64_t numel;
-  int64_t first_group;     // among the groups of all tensors
-  float step_size;         // lr / (1 - beta1^t)
-  float inv_bias2_root;    // 1 / sqrt(1 - beta2^t)
-  uint32_t keys[3];        // of the generator, by stream
+  int64_t first_group;   // among the groups of all tensors
+  float step_size;       // lr / (1 - beta1^t)
+  float inv_bias2_root;  // 1 / sqrt(1 - beta2^t)
+  uint32_t keys[3];      // of the generator, by stream
 };
 
 // The kernels of one instruction set; each works on groups [begin, end) of its job.

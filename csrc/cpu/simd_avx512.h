@@ -64,9 +64,7 @@ COAT_SIMD_INLINE I select(M m, I yes, I no) { return _mm512_mask_blend_epi32(m, 
 COAT_SIMD_INLINE I zero_where(M m, I a) { return _mm512_maskz_mov_epi32(static_cast<M>(~m), a); }
 
 COAT_SIMD_INLINE Table16 load16(const void* p) { return {_mm512_loadu_si512(p)}; }
-COAT_SIMD_INLINE Table32 load32(const void* p) {
-  return {_mm512_loadu_si512(p), _mm512_loadu_si512(static_cast<const char*>(p) + 64)};
-}
+COAT_SIMD_INLINE Table32 load32(const void* p) { return {_mm512_loadu_si512(p), _mm512_loadu_si512(static_cast<const char*>(p) + 64)}; }
 COAT_SIMD_INLINE Table16 scale(Table16 t, F factor) { return {as_int(mul(as_float(t.entries), factor))}; }
 COAT_SIMD_INLINE I lookup(Table16 t, I index) { return _mm512_permutexvar_epi32(index, t.entries); }
 COAT_SIMD_INLINE I lookup(Table32 t, I index) { return _mm512_permutex2var_epi32(t.first, index, t.second); }
@@ -87,9 +85,7 @@ COAT_SIMD_INLINE I insert_sign(I code, F x) {
   return _mm512_ternarylogic_epi32(code, _mm512_srli_epi32(as_int(x), 24), _mm512_set1_epi32(0x80), 0xF8);
 }
 
-COAT_SIMD_INLINE I load_u8(const uint8_t* p) {
-  return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
-}
+COAT_SIMD_INLINE I load_u8(const uint8_t* p) { return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
 // The low bytes of one or of four vectors of values in 0..255.
 COAT_SIMD_INLINE void store_u8(uint8_t* p, I a) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(a)); }
 COAT_SIMD_INLINE void store_u8(uint8_t* p, I a, I b, I c, I d) {

@@ -60,8 +60,7 @@ DecodeTable* make_decode_tables(Codec codec) {
       fill_fp8(codec, k, &tables[meta]);
       smallest = code_log2(codec, 1) / k;
     }
-    tables[meta].exact_below =
-        smallest < -100 ? std::numeric_limits<float>::infinity() : static_cast<float>(std::exp2(-120 - smallest));
+    tables[meta].exact_below = smallest < -100 ? std::numeric_limits<float>::infinity() : static_cast<float>(std::exp2(-120 - smallest));
   }
   return tables;
 }

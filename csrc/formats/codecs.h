@@ -20,6 +20,7 @@ enum class Codec : int { kFloat32 = 0, kE4M3 = 1, kE4M3Expand = 2, kE5M2 = 3, kE
 constexpr int kNumCodecs = 6;
 constexpr uint32_t kAbsMask = 0x7FFFFFFFu;
 constexpr uint32_t kInfBits = 0x7F800000u;
+constexpr uint32_t kNanBits = 0x7FC00000u;
 constexpr uint32_t kMinNormalBits = 0x00800000u;
 constexpr float kFloatMax = 3.402823466e+38f;
 constexpr uint8_t kNanCode = 0x7F;

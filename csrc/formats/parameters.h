@@ -43,15 +43,16 @@ COAT_INLINE uint16_t to_float16(float x) {
 COAT_INLINE float from_dtype(uint16_t h, DType dtype) { return dtype == DType::kBFloat16 ? from_bfloat16(h) : from_float16(h); }
 COAT_INLINE uint16_t to_dtype(float x, DType dtype) { return dtype == DType::kBFloat16 ? to_bfloat16(x) : to_float16(x); }
 
-// x plus a dither in (-1/2, 1/2) of the target's unit; RNE of the sum keeps the expectation of x. random: 16 bits.
-COAT_INLINE float add_dither(float x, DType dtype, uint32_t random) {
+// x rounded up or down with odds that keep its expectation. random: 16 bits. Non-finite x is stored as is.
+COAT_INLINE uint16_t to_dtype_stochastic(float x, DType dtype, uint32_t random) {
+  if (!is_finite(x)) return to_dtype(x, dtype);
   const uint32_t bits = float_bits(x);
-  if ((bits & kAbsMask) >= kInfBits) return x;
-  const int mantissa_bits = dtype == DType::kBFloat16 ? 7 : 10, min_exponent = dtype == DType::kBFloat16 ? -126 : -14;
-  const int exponent = static_cast<int>((bits >> 23) & 0xFF) - 127;
-  const int unit = (exponent < min_exponent ? min_exponent : exponent) - mantissa_bits;
-  const float ulp = unit >= -126 ? bits_float(static_cast<uint32_t>(unit + 127) << 23) : bits_float(1u << (unit + 149));
-  return x + ((static_cast<float>(random) + 0.5f) / 65536.0f - 0.5f) * ulp;
+  if (dtype == DType::kBFloat16) return static_cast<uint16_t>((bits + random) >> 16);
+  const int exponent = static_cast<int>((bits >> 23) & 0xFF) - 127, unit = (exponent < -14 ? -14 : exponent) - 10;
+  const float ulp = bits_float(static_cast<uint32_t>(127 + unit) << 23), inverse = bits_float(static_cast<uint32_t>(127 - unit) << 23);
+  const float steps = bits_float(bits & kAbsMask) * inverse + static_cast<float>(random >> 3) / 8192.0f;
+  const float magnitude = static_cast<float>(static_cast<int>(steps)) * ulp;
+  return static_cast<uint16_t>(to_float16(magnitude) | (bits >> 16 & 0x8000));
 }
 
 // A float32 as a bfloat16 pattern and an int8 residual: 24 of its bits.

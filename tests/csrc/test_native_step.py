@@ -139,7 +139,8 @@ def assert_state_close(state: State, expected: tuple[Tensor | None, ...]) -> Non
     _, m, v, amax, k16, _ = expected
     for column, (codec, got, want) in enumerate(((state.fmt.exp_avg, state.exp_avg, m), (state.fmt.exp_avg_sq, state.exp_avg_sq, v))):
         if not codec.quantized:
-            torch.testing.assert_close(got, want, rtol=UPDATE_RTOL, atol=1e-12)
+            # where beta * m and (1 - beta) * g cancel, their rounding is what is left
+            torch.testing.assert_close(got, want, rtol=UPDATE_RTOL, atol=2**-22 * float(want.abs().max()))
             continue
         torch.testing.assert_close(state.amax[:, column], amax[:, column], rtol=UPDATE_RTOL, atol=0)
         # amin and amax of the group are float32 results here and float64 results there: k16 may fall on the other side of a step
@@ -175,7 +176,9 @@ def test_later_steps_against_torch_on_decoded_state(fmt):
         if step in (2, 3, 10):
             param = torch.nn.Parameter(state.param.double())
             param.grad = state.grad.double()
-            torch_opt = torch.optim.AdamW([param], lr=HYPER.lr, betas=(HYPER.beta1, HYPER.beta2), eps=HYPER.eps, weight_decay=HYPER.weight_decay)
+            torch_opt = torch.optim.AdamW(
+                [param], lr=HYPER.lr, betas=(HYPER.beta1, HYPER.beta2), eps=HYPER.eps, weight_decay=HYPER.weight_decay
+            )
             torch_opt.state[param] = {"step": torch.tensor(step - 1.0), "exp_avg": state.moment(0), "exp_avg_sq": state.moment(1)}
             before, expected = state.param.double(), expected_step(state)
             torch_opt.step()
@@ -203,7 +206,7 @@ def test_16_bit_parameters(param_dtype, grad_dtype, rounding):
         native_step([state])
         if rounding == "split":
             got, want = split_decode(state.param, state.residual), split_decode(expected[0], expected[5])
-            torch.testing.assert_close(got, want, rtol=2**-16, atol=1e-7)
+            torch.testing.assert_close(got, want, rtol=2**-15, atol=0)  # one step of 24 bits
             assert (state.residual != expected[5]).float().mean() < 0.2, step
         else:
             # a float32 result on the other side of a rounding boundary: rare, and one step
@@ -237,9 +240,7 @@ def test_many_tensors_are_one_call_each(fmt):
             assert torch.equal(x, y) and torch.equal(x, z)
 
 
-def test_no_tensors():
-    native_step_table = torch.empty(0, 10, dtype=torch.int64)
-    assert native_step_table.numel() == 0
+def test_empty_tensor_counts_its_step():
     state = make_state(0, FORMATS["e4m3_expand"])
     native_step([state])
     assert state.step.item() == 1
