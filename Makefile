@@ -20,7 +20,7 @@ bench: $(VENV)/.built
 	$(RUN) -m bench
 
 bench-micro: $(VENV)/.built
-	$(RUN) -m pytest bench --benchmark-only
+	$(RUN) -m pytest bench/bench_*.py --benchmark-only
 
 # Runs in the Python at hand, which must hold torch and triton: a GPU machine's own, not the CPU lock.
 gpu-check:

@@ -281,8 +281,10 @@ def test_the_reference_runs_on_request_and_agrees(impl: dict, device: torch.devi
             random_grads([p], step)
         for optimizer in optimizers:
             optimizer.step()
-    assert torch.allclose(fused, loop, atol=2e-4)  # a code one step aside moves an update of 0.01 by 1 %
-    assert (fused - loop).abs().mean() < 1e-6
+    difference = (fused - loop).abs()
+    # a code one step beside moves an update of 0.01 by up to a tenth; at most 0.2 % of codes lie there (formats/README.md), twice two encodes
+    assert difference.max() <= 1e-3
+    assert (difference > 1e-6).float().mean() <= 8e-3
 
 
 def test_state_tensors_moved_by_others_are_found_again(device: torch.device) -> None:
