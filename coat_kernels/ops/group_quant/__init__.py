@@ -143,7 +143,7 @@ def quantize_group(
 
     Args:
         x: float32, bfloat16 or float16, any shape and device; groups run over its row-major order.
-        fmt: "e4m3", "e5m2", or "log8" for values that are never negative.
+        fmt: "e4m3", "e5m2", or "log8" for values that are never negative (checked, which waits for the device).
         group_size: 32, 64, 128 or 256.
         expand: dynamic range expansion, |x|^k per group (COAT, arXiv 2410.19313, section 3); `log8` adapts by itself.
         signed: False for a second moment: then no non-zero value becomes zero, expanded or not. Default: True, for `log8` False.
@@ -161,8 +161,8 @@ def quantize_group(
     codec = get_codec(codec_name(fmt, expand))
     if signed is None:
         signed = codec.signed
-    if not codec.signed and x.numel() and bool((x < 0).any()):
-        raise ValueError(f"{fmt} holds non-negative values only, got a minimum of {x.min().item():g}; use fmt='e4m3' for signed data")
+    if not codec.signed and x.numel() and (minimum := x.min().item()) < 0:
+        raise ValueError(f"{fmt} holds non-negative values only, got a minimum of {minimum:g}; use fmt='e4m3' for signed data")
     key = stream_key(seed, 0, 0, STREAM_EXP_AVG)
     codes, amax, k16 = torch.ops.coat_kernels.quantize_group(x.detach(), codec.name, group_size, signed, rounding, key)
     return GroupQuantized(codes, amax, k16, fmt, group_size, codec.expand)
