@@ -38,11 +38,13 @@ class CMakeBuild(build_ext):
     def _cmake(self, target: Path, build: Path) -> None:
         import pybind11
 
-        cmake = shutil.which("cmake")
+        # beside the interpreter first: a virtual environment's tools, though nobody has activated it
+        tools = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+        cmake, ninja = shutil.which("cmake", path=tools), shutil.which("ninja", path=tools)
         if cmake is None:
             raise FileNotFoundError("cmake is not on the PATH")
         build.mkdir(parents=True, exist_ok=True)
-        generator = ["-G", "Ninja"] if shutil.which("ninja") else []
+        generator = ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"] if ninja else []
         configure = [
             *(cmake, "-S", str(ROOT), "-B", str(build), *generator),
             "-DCMAKE_BUILD_TYPE=Release",
