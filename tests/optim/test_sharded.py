@@ -49,6 +49,7 @@ def worker(rank: int, port: int, folder: str) -> None:
     full = [p.full_tensor().detach() for p in model.parameters()]
     if rank == 0:
         torch.save({"full": full, "quantized": quantized}, Path(folder) / "sharded.pt")
+    dist.barrier()  # a rank that leaves first may take the store from under the other
     dist.destroy_process_group()
 
 
