@@ -49,8 +49,9 @@ def worker(rank: int, port: int, folder: str) -> None:
     full = [p.full_tensor().detach() for p in model.parameters()]
     if rank == 0:
         torch.save({"full": full, "quantized": quantized}, Path(folder) / "sharded.pt")
-    dist.barrier()  # a rank that leaves first may take the store from under the other
-    dist.destroy_process_group()
+    # Both ranks are done; leaving without gloo's destructors, one of which ended a rank in std::terminate once in seven runs.
+    dist.barrier()
+    os._exit(0)
 
 
 def test_two_ranks_equal_one_process(tmp_path: Path) -> None:
