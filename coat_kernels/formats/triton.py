@@ -1,8 +1,9 @@
 """Encode and decode of every codec as Triton device functions: README.md, for kernels on a GPU.
 
 Tensors are [rows, G], one group a row; per-group values are [rows]. There are two ways through. The *checked* functions take any
-input. The *plain* ones are for `e4m3_expand`, `e5m2_expand` and `log8` on a hot path: they may be used on a group only where
-`irregular` is negative (no NaN or inf, no subnormal, no expanded range over 32 octaves), and cost about half as much.
+input. The *plain* ones are for `e4m3_expand`, `e5m2_expand` and `log8` on a hot path, and cost about half as much. They work on
+x · 2^-e with a power of two of the group's own, near its amax: that keeps logarithms small, hence exact, and saves the product
+with amax. They serve groups whose `irregular` is negative: no NaN or inf, no subnormal, no range too wide.
 `ISA` chooses between PTX and portable operations (`triton_ptx.py`).
 """
 
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import triton
 import triton.language as tl
 
@@ -37,9 +39,21 @@ FLOAT32, LOG8 = tl.constexpr(CODECS["float32"].index), tl.constexpr(CODECS["log8
 INF_BITS = tl.constexpr(0x7F800000)
 #: `log8`: 250 steps an octave and j; 254 steps fill a group's range.
 LOG8_STEPS = tl.constexpr(250)
+_LOG8_STEP = tl.constexpr(float(np.float32(1 / 250)))
+_LOG8_STEP_REST = tl.constexpr(1 / 250 - float(np.float32(1 / 250)))
 _LOG8_UNIT = tl.constexpr(254 * 2048)
 _LOG8_ROUND_UP = tl.constexpr(250 * LOG2_SLACK_Q11 + 254 * 2048 - 1)
-_OCTAVE_CUT_BITS = tl.constexpr(MAX_OCTAVES << 23)
+_OCTAVE_CUT = tl.constexpr(MAX_OCTAVES)
+#: Units of the plain forms. Of a squared moment, an addend that is normal must not vanish in its unit.
+_MIN_UNIT_BITS, _MAX_UNIT_BITS, _MAX_SQUARED_UNIT_BITS = (
+    tl.constexpr(3 << 23),
+    tl.constexpr((127 + 86) << 23),
+    tl.constexpr((127 + 22) << 23),
+)
+#: New values from here on, in the old values' unit: products with the unit would leave float32.
+_MAX_GROWTH, _MAX_SQUARED_GROWTH = tl.constexpr((127 + 40) << 23), tl.constexpr((127 + 80) << 23)
+#: `log8` over 40 octaves: a float32 exponent cannot hold it to 4e-6.
+_LOG8_WIDE = tl.constexpr(40)
 _OCTAVE_CUT_Q15 = tl.constexpr(float(MAX_OCTAVES << 15))
 _NAN_CODE = tl.constexpr(NAN_CODE)
 
@@ -81,20 +95,36 @@ def _larger_or_nan(a, b):
 
 
 @triton.jit
-def plain_range(x, CODEC: tl.constexpr, ISA: tl.constexpr):
-    """Pattern of the largest magnitude (NaN and inf above all others), D, and `irregular` of each group.
+def plain_range(x, unit, CODEC: tl.constexpr, SIGNED: tl.constexpr, ISA: tl.constexpr):
+    """Pattern of the largest |x| of each group, D, amax = that times `unit`, and `irregular`, which is true of NaN and inf.
 
-    A non-negative `irregular` sends the group through the checked functions. D of a group of zeros is negative.
+    x is float32 [rows, G], divided by `unit` [rows]. A non-negative `irregular` sends the group through the checked functions.
+    D of a group of zeros is negative.
     """
-    max_bits = tl.max(bits_of(x) & 2147483647, axis=1) if ISA == PORTABLE else bits_of(tl.reduce(tl.abs(x), 1, _larger_or_nan))
+    if ISA == PORTABLE:
+        max_bits = tl.max(bits_of(x) & 0x7FFFFFFF, axis=1)
+    else:
+        max_bits = bits_of(tl.reduce(tl.abs(x), 1, _larger_or_nan))
     # 2·bits - 1 drops the sign and puts zeros last among unsigned numbers: two instructions an element
     key = tl.min((x.to(tl.uint32, bitcast=True) << 1) - 1, axis=1)
     below_min = (key >> 1).to(tl.int32, bitcast=True)  # pattern of the smallest non-zero magnitude, less 1
     spread = max_bits - below_min - 1
-    irregular = tl.maximum(max_bits - INF_BITS, 0x007FFFFE - below_min)  # non-finite; subnormal
-    if CODEC != LOG8:
-        irregular = tl.maximum(irregular, spread - (_OCTAVE_CUT_BITS + 1))
-    return max_bits, spread, irregular
+    CUT: tl.constexpr = _LOG8_WIDE if CODEC == LOG8 else _OCTAVE_CUT
+    irregular = tl.maximum(max_bits - (_MAX_GROWTH if SIGNED else _MAX_SQUARED_GROWTH), (spread >> 1) - (CUT << 22))
+    irregular = tl.maximum(irregular, 0x007FFFFE - below_min)  # subnormal: the logarithm unit takes it for zero
+    return max_bits, spread, float_of(max_bits) * unit, irregular
+
+
+@triton.jit
+def sqrt_of_unit(unit):
+    """Exact square root of `decode_plain`'s unit."""
+    return float_of((bits_of(unit) >> 1) + (127 << 22))
+
+
+@triton.jit
+def inverse_of_unit(unit):
+    """Exact reciprocal of `decode_plain`'s unit."""
+    return float_of((254 << 23) - bits_of(unit))
 
 
 @triton.jit
@@ -132,6 +162,13 @@ def _metadata(spread, max_bits, CODEC: tl.constexpr, ISA: tl.constexpr):
 
 
 @triton.jit
+def _inverse(k, ISA: tl.constexpr):
+    """1/k with a Newton step: the last bit of the unit's counts up to 36 times in an exponent."""
+    inverse = reciprocal(k, ISA)
+    return inverse + inverse * (1.0 - k * inverse)
+
+
+@triton.jit
 def _times_power(amax, power, n):
     """amax · power · 2^-n for 0 <= n < 512 and amax · power · 2^-n <= amax, rounded once (twice below 2^-100 · amax)."""
     first = tl.minimum(n, 100)
@@ -159,48 +196,67 @@ def _decode_log8(codes, amax, j, ISA: tl.constexpr):
 
 
 @triton.jit
+def _code_value(magnitude, CODEC: tl.constexpr):
+    """The number that an FP8 code without its sign stands for; NaN codes give infinity."""
+    M: tl.constexpr = codec_constant(CODEC, "mantissa_bits")
+    # the code's bits at the top of a float32: the product moves the exponent's bias and normalises subnormals
+    value = float_of(magnitude << (23 - M)) * 2.0 ** (127 - codec_constant(CODEC, "bias"))
+    return tl.where(magnitude > codec_constant(CODEC, "max_code"), float("inf"), value)
+
+
+@triton.jit
 def _decode_float8(codes, amax, k16, CODEC: tl.constexpr, ISA: tl.constexpr):
     M: tl.constexpr = codec_constant(CODEC, "mantissa_bits")
     BIAS: tl.constexpr = codec_constant(CODEC, "bias")
     MAX: tl.constexpr = codec_constant(CODEC, "max")
     magnitude = codes & 0x7F
-    # the code's bits at the top of a float32: the product moves the exponent's bias and normalises subnormals
-    value = float_of(magnitude << (23 - M)) * 2.0 ** (127 - BIAS)
+    value = _code_value(magnitude, CODEC)
     if codec_constant(CODEC, "expand"):
         # log2(q / max) as an integer e <= 0 and a fraction: the integer is divided by k exactly
         TOP: tl.constexpr = codec_constant(CODEC, "max_code") >> M
         bits = bits_of(value)
         fraction = log2(float_of((bits & 0x7FFFFF) | 0x3F800000) * (2.0 ** (TOP - BIAS) / MAX), ISA)
-        inverse = reciprocal(k16.to(tl.float32), ISA)[:, None]
+        k16 = small_int_to_float(k16)[:, None]
+        inverse = _inverse(k16, ISA)
         sixteenths = small_int_to_float(tl.maximum((127 + TOP - BIAS) - (bits >> 23), 0) * 16)
         rounded = sixteenths * inverse + MAGIC
-        rest = sixteenths - (rounded - MAGIC) * k16.to(tl.float32)[:, None]
+        rest = sixteenths - (rounded - MAGIC) * k16
         power = exp2(fraction * (16 * inverse) - rest * inverse, ISA)
         value = tl.where(magnitude == 0, 0.0, _times_power(amax[:, None], power, bits_of(rounded) - MAGIC_BITS))
     else:
-        value = value * tl.div_rn(amax, amax * 0.0 + MAX)[:, None]
-    value = float_of(tl.where(magnitude > codec_constant(CODEC, "max_code"), 0x7FC00000, bits_of(value)))
+        value = value * (amax / MAX)[:, None]
+    value = tl.where(magnitude > codec_constant(CODEC, "max_code"), float("nan"), value)
     return tl.where(codes >= 0x80, -value, value)
 
 
 @triton.jit
-def decode_factors(codes, amax, k16, CODEC: tl.constexpr, SIGNED: tl.constexpr, ISA: tl.constexpr):
-    """`factor` [rows, G] and `scale` [rows] whose product is the decoded value of plain groups; non-finite for NaN codes.
+def decode_plain(codes, amax, k16, CODEC: tl.constexpr, SIGNED: tl.constexpr, ISA: tl.constexpr):
+    """Values / unit [rows, G], the `unit` [rows], and `irregular` [rows].
 
-    The caller folds its own per-group constants into `scale`.
+    `unit` is 2^e with the even e nearest below amax's exponent or next to it, 1 for a group of zeros. Scaling `amax` scales the
+    values. NaN codes give infinities or NaN.
     """
+    unit_bits = tl.maximum((bits_of(amax) & 0x7F000000) | 0x00800000, _MIN_UNIT_BITS)
+    unit = float_of(tl.where(amax == 0, 127 << 23, unit_bits))
+    amax = amax * inverse_of_unit(unit)
+    # NaN codes of a group of zeros must outweigh this
+    log_amax = tl.maximum(log2(amax, ISA), -1000.0)[:, None]
+    irregular = unit_bits - (_MAX_UNIT_BITS if SIGNED else _MAX_SQUARED_UNIT_BITS)
     if CODEC == LOG8:
-        # the exponent of amax goes into the exponential, which would underflow by itself for v over 126 octaves under amax
-        bits = bits_of(amax)
-        exponent = small_int_to_float(bits >> 23) - 127.0
-        steps = tl.where(codes == 0, -30000000.0, codes.to(tl.float32) - 255.0) if ISA == PORTABLE else steps_below_top(codes)
-        factor = exp2(steps * (small_int_to_float(k16) * (1.0 / LOG8_STEPS))[:, None] + exponent[:, None], ISA)
-        return factor, float_of((bits & 0x7FFFFF) | 0x3F800000)
-    elif ISA == PTX_FP8 and codec_constant(CODEC, "expand") and codec_constant(CODEC, "mantissa_bits") == 3:
-        inverse_k = 16.0 * reciprocal(small_int_to_float(k16), ISA)
-        return e4m3_power(codes, tl.broadcast_to(inverse_k[:, None], codes.shape), SIGNED), amax
+        if ISA == PORTABLE:
+            steps = tl.where(codes == 0, -3e7, codes.to(tl.float32) - 255.0)
+        else:
+            steps = steps_below_top(codes)
+        j = small_int_to_float(k16)
+        octaves_a_step = j * _LOG8_STEP + j * _LOG8_STEP_REST
+        values = exp2(steps * octaves_a_step[:, None] + log_amax, ISA)
+        irregular = tl.maximum(irregular, k16 - (_LOG8_WIDE + 1))
+    elif ISA == PTX_FP8 and codec_constant(CODEC, "mantissa_bits") == 3:
+        inverse_k = _inverse(small_int_to_float(k16) * (1.0 / 16), ISA)[:, None]
+        values = e4m3_power(codes, tl.broadcast_to(inverse_k, codes.shape), tl.broadcast_to(log_amax, codes.shape), SIGNED)
     else:
-        return decode_checked(codes, amax, k16, CODEC, ISA), amax * 0.0 + 1.0
+        values = decode_checked(codes, amax, k16, CODEC, ISA)
+    return values, unit, irregular
 
 
 # --- encode
@@ -266,11 +322,13 @@ def _dithered(y, curve, u):
 @triton.jit
 def _dithered_float8(code, magnitude, amax, k16, u, CODEC: tl.constexpr, ISA: tl.constexpr):
     """Codes rounded up or down by chance in the linear domain, from the nearest."""
-    below = tl.maximum(code - (decode_checked(code, amax, k16, CODEC, ISA) > magnitude).to(tl.int32), 0)
+    nearest = decode_checked(code, amax, k16, CODEC, ISA)
+    is_above = nearest > magnitude
+    below = tl.maximum(code - is_above.to(tl.int32), 0)
     above = tl.minimum(below + 1, codec_constant(CODEC, "max_code"))
-    low = decode_checked(below, amax, k16, CODEC, ISA)
-    high = decode_checked(above, amax, k16, CODEC, ISA)
-    probability = tl.where(high > low, (magnitude - low) / tl.where(high > low, high - low, 1.0), 0.0)
+    other = decode_checked(tl.where(is_above, below, above), amax, k16, CODEC, ISA)
+    low, step = tl.minimum(nearest, other), tl.abs(nearest - other)
+    probability = tl.where(step > 0, (magnitude - low) / tl.where(step > 0, step, 1.0), 0.0)
     return tl.where(u < probability, above, below)
 
 
@@ -324,8 +382,8 @@ def _encode_float8(magnitude, amax, metadata, u, CODEC: tl.constexpr, SIGNED: tl
         y = _log2_below_top(magnitude, amax, ISA) * (metadata * (1.0 / 16))[:, None] + log2_of(codec_constant(CODEC, "max"))
         codes = _round_to_code(exp2(y, ISA), CODEC)
     else:
-        scale = tl.div_rn(amax, amax * 0.0 + codec_constant(CODEC, "max"))
-        quotient = tl.div_rn(magnitude, tl.broadcast_to(tl.where(scale > 0, scale, 1.0)[:, None], magnitude.shape))
+        scale = amax / codec_constant(CODEC, "max")
+        quotient = magnitude / tl.where(scale > 0, scale, 1.0)[:, None]
         codes = tl.where((scale == 0)[:, None], 1, _round_to_code(quotient, CODEC))
     codes = tl.where(magnitude > 0, codes, 0)
     if STOCHASTIC:

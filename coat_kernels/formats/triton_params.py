@@ -49,12 +49,22 @@ def _half_words(key, first, offsets):
 
 
 @triton.jit
+def to_float32(x):
+    """Exact, NaN and subnormals included (the interpreter's conversion of bfloat16 subnormals is not)."""
+    if x.dtype == tl.bfloat16:
+        return float_of(x.to(tl.int16, bitcast=True).to(tl.int32) << 16)
+    else:
+        return x.to(tl.float32)
+
+
+@triton.jit
 def load_param(stored, residual, ROUNDING: tl.constexpr):
     """float32 value of a stored parameter; `residual` int8 counts in `PARAM_SPLIT` only."""
     if ROUNDING == PARAM_SPLIT:
         high = stored.to(tl.int16, bitcast=True).to(tl.int32)
         return float_of((high << 16) + (residual.to(tl.int32) << 8))
-    return stored.to(tl.float32)
+    else:
+        return to_float32(stored)
 
 
 @triton.jit
@@ -65,7 +75,8 @@ def to_dtype(x, DTYPE: tl.constexpr, ISA: tl.constexpr):
         is_nan = (bits & 0x7FFFFFFF) > 0x7F800000
         rounded = tl.where(is_nan, 0x7FC00000, bits) + tl.where(is_nan, 0, 0x7FFF + ((bits >> 16) & 1))
         return (rounded >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
-    return x.to(DTYPE)
+    else:
+        return x.to(DTYPE)
 
 
 @triton.jit
@@ -77,14 +88,16 @@ def store_param(x, key, first, offsets, DTYPE: tl.constexpr, ROUNDING: tl.conste
         top24 = (tl.where(is_nan, 0x7FC00000, bits) + 0x80) >> 8
         high = (top24 + 0x80) >> 8
         return high.to(tl.int16).to(tl.bfloat16, bitcast=True), (top24 - (high << 8)).to(tl.int8)
-    if ROUNDING == PARAM_STOCHASTIC:
+    elif ROUNDING == PARAM_STOCHASTIC:
         draw = _half_words(key, first, offsets)
         finite = (bits & 0x7FFFFFFF) < 0x7F800000
         if DTYPE == tl.bfloat16:
             high = tl.where(is_nan, 0x7FC00000, bits + tl.where(finite, draw, 0)) >> 16
             return high.to(tl.int16).to(tl.bfloat16, bitcast=True), bits
-        exponent = tl.maximum(bits & 0x7F800000, 113 << 23)
-        steps = tl.floor(tl.abs(x) * float_of((264 << 23) - exponent) + (draw >> 3).to(tl.float32) * (1.0 / 8192))
-        rounded = steps * float_of(exponent - (10 << 23))
-        return tl.where(finite, tl.where(bits < 0, -rounded, rounded), x).to(DTYPE), bits
-    return to_dtype(x, DTYPE, ISA), bits
+        else:
+            exponent = tl.maximum(bits & 0x7F800000, 113 << 23)
+            steps = tl.floor(tl.abs(x) * float_of((254 << 23) - (exponent - (10 << 23))) + (draw >> 3).to(tl.float32) * (1.0 / 8192))
+            rounded = steps * float_of(exponent - (10 << 23))
+            return tl.where(finite, tl.where(bits < 0, -rounded, rounded), x).to(DTYPE), bits
+    else:
+        return to_dtype(x, DTYPE, ISA), bits

@@ -73,8 +73,17 @@ def reciprocal(x, ISA: tl.constexpr):
 
 
 @triton.jit
+def pin(x, ISA: tl.constexpr):
+    """x, which the compiler must have here: else it moves a load behind the branch that alone uses it, and its latency with it."""
+    if ISA == PORTABLE:
+        return x
+    else:
+        return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=False, pack=1)
+
+
+@triton.jit
 def scaled_reciprocal(x, scale, ISA: tl.constexpr):
-    """scale / x. Two neighbours share one reciprocal, 1/a = b/(ab): a·b must stay well inside float32's range, 2^-60 to 2^80."""
+    """scale / x. Two neighbours share one reciprocal, 1/a = b/(ab): a·b must stay well inside float32's range."""
     if ISA == PORTABLE:
         return scale / x
     else:
@@ -93,7 +102,7 @@ def scaled_reciprocal(x, scale, ISA: tl.constexpr):
         )
 
 
-# exp2(inverse_k · log2(|q| / 448)) of four E4M3 codes with one conversion a pair and no logarithm. f16 of a code (which
+# exp2(inverse_k · log2(|q| / 448) + log_top) of four E4M3 codes with one conversion a pair and no logarithm. f16 of a code (which
 # normalises subnormals), shifted left by 8, holds its exponent and 3 mantissa bits m as a fixed-point piecewise linear log2 with
 # 18 fraction bits. What that lacks, 2^18·(log2(1 + m/8) - m/8) = 0, 11777, 18855, 22133, 22272, 19776, 15035, 8360 (rounded so
 # that none is off by more than 0.43 against m = 6, the mantissa of 448), takes bits 14..0: two byte permutes look it up for four
@@ -125,13 +134,13 @@ _E4M3_POWER = """{ .reg .b16 a, b; .reg .b32 h0, h1, s, t, lo, hi, x, k, u, v; .
     prmt.b32 s, x, k, 0x5140;
     prmt.b32 t, x, k, 0x7362;
     prmt.b32 x, u, s, 0x5410;
-    mov.b32 f, x; add.rn.f32 f, f, 0fC25F3ABB; mul.rn.f32 f, f, $5; ex2.approx.ftz.f32 $0, f;
+    mov.b32 f, x; add.rn.f32 f, f, 0fC25F3ABB; fma.rn.f32 f, f, $5, $9; ex2.approx.ftz.f32 $0, f;
     prmt.b32 x, v, s, 0x7610;
-    mov.b32 f, x; add.rn.f32 f, f, 0fC25F3ABB; mul.rn.f32 f, f, $6; ex2.approx.ftz.f32 $1, f;
+    mov.b32 f, x; add.rn.f32 f, f, 0fC25F3ABB; fma.rn.f32 f, f, $6, $10; ex2.approx.ftz.f32 $1, f;
     prmt.b32 x, u, t, 0x5432;
-    mov.b32 f, x; add.rn.f32 f, f, 0fC25F3ABB; mul.rn.f32 f, f, $7; ex2.approx.ftz.f32 $2, f;
+    mov.b32 f, x; add.rn.f32 f, f, 0fC25F3ABB; fma.rn.f32 f, f, $7, $11; ex2.approx.ftz.f32 $2, f;
     prmt.b32 x, v, t, 0x7632;
-    mov.b32 f, x; add.rn.f32 f, f, 0fC25F3ABB; mul.rn.f32 f, f, $8; ex2.approx.ftz.f32 $3, f;
+    mov.b32 f, x; add.rn.f32 f, f, 0fC25F3ABB; fma.rn.f32 f, f, $8, $12; ex2.approx.ftz.f32 $3, f;
 """
 _E4M3_SIGNS = """
     shl.b32 x, h0, 16; and.b32 x, x, 0x80000000; mov.b32 s, $0; or.b32 s, s, x; mov.b32 $0, s;
@@ -145,12 +154,12 @@ E4M3_POWER_UNSIGNED = tl.constexpr(_E4M3_POWER.replace("    and.b32 x, x, 0x7F7F
 
 
 @triton.jit
-def e4m3_power(codes, inverse_k, SIGNED: tl.constexpr):
-    """sign(q) · (|q| / 448)^inverse_k of E4M3 codes; ±inf for NaN codes. `inverse_k` has the shape of `codes`. PTX_FP8 only."""
+def e4m3_power(codes, inverse_k, log_top, SIGNED: tl.constexpr):
+    """sign(q) · (|q| / 448)^inverse_k · 2^log_top of E4M3 codes; ±inf for NaN codes. All of one shape. PTX_FP8 only."""
     return tl.inline_asm_elementwise(
         E4M3_POWER_SIGNED if SIGNED else E4M3_POWER_UNSIGNED,
-        "=&f,=&f,=&f,=&f,r,f,f,f,f",
-        [codes, inverse_k],
+        "=&f,=&f,=&f,=&f,r,f,f,f,f,f,f,f,f",
+        [codes, inverse_k, log_top],
         dtype=tl.float32,
         is_pure=True,
         pack=4,
@@ -229,8 +238,8 @@ def pack_bytes(y):
 # The byte of the word that element i draws from sits in 1 + u·2^-7 = 0x3F80bb80: one permute, no conversion.
 _DITHER = """
     max.f32 y, IN, 0f00000000;
-    add.rm.f32 c, y, 0f4B000000;
-    sub.rn.f32 c, c, 0f4B000000;
+    add.rm.f32 c, y, 0f4B400000;
+    sub.rn.f32 c, c, 0f4B400000;
     sub.rn.f32 c, y, c;
     neg.f32 f, c;
     fma.rn.f32 c, f, c, c;
@@ -238,7 +247,7 @@ _DITHER = """
     fma.rn.f32 y, f, c, y;
     prmt.b32 w, WORD, 0x3F800080, SELECT; mov.b32 f, w;
     fma.rn.f32 y, f, 0fC3000000, y;
-    add.rp.f32 y, y, 0f4B000080; mov.b32 OUT, y;
+    add.rp.f32 y, y, 0f4B400080; mov.b32 OUT, y;
 """
 PACK_DITHERED = tl.constexpr(
     "{ .reg .f32 y, c, f; .reg .b32 w, s0, s1, s2, s3;"

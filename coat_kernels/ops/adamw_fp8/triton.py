@@ -17,22 +17,23 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...formats import num_groups
 from ...formats.codecs import STREAM_EXP_AVG, STREAM_EXP_AVG_SQ, STREAM_PARAM
 from ...formats.parameters import PARAM_ROUNDINGS
 from ...formats.triton import (
     FLOAT32,
     LOG8,
     decode_checked,
-    decode_factors,
+    decode_plain,
     encode_checked,
     encode_plain,
     has_plain_form,
+    inverse_of_unit,
     plain_range,
+    sqrt_of_unit,
 )
 from ...formats.triton_launch import device_guard, instruction_set, signed32, tl_dtype
-from ...formats.triton_params import PARAM_SPLIT, PARAM_STOCHASTIC, load_param, store_param, stream_key
-from ...formats.triton_ptx import bits_of, float_of, scaled_reciprocal, sqrt
+from ...formats.triton_params import PARAM_SPLIT, PARAM_STOCHASTIC, load_param, store_param, stream_key, to_float32
+from ...formats.triton_ptx import bits_of, float_of, reciprocal, scaled_reciprocal, sqrt
 from ..pointer_table import COLUMNS
 from .settings import Hyperparameters, StateFormat
 
@@ -92,14 +93,16 @@ def _address(row_ptr, COLUMN: tl.constexpr, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def _decode(state, amax, k16, CODEC: tl.constexpr, SIGNED: tl.constexpr, CHECKED: tl.constexpr, ISA: tl.constexpr):
-    """`factor` [rows, G] and `scale` [rows], whose product is the moment."""
-    if CODEC == FLOAT32:
-        return state, amax * 0.0 + 1.0
-    elif CHECKED:
-        return decode_checked(state, amax, k16, CODEC, ISA), amax * 0.0 + 1.0
+def _decode(state, amax, k16, beta, CODEC: tl.constexpr, SIGNED: tl.constexpr, PLAIN: tl.constexpr, ISA: tl.constexpr):
+    """beta · moment / unit [rows, G], unit and `irregular` [rows]; the unit is 1 but in the plain form."""
+    if PLAIN:
+        return decode_plain(state, amax * beta, k16, CODEC, SIGNED, ISA)
     else:
-        return decode_factors(state, amax, k16, CODEC, SIGNED, ISA)
+        one = (k16 * 0).to(tl.float32) + 1.0
+        if CODEC == FLOAT32:
+            return state * beta, one, k16 * 0 - 1
+        else:
+            return decode_checked(state, amax, k16, CODEC, ISA) * beta, one, k16 * 0 - 1
 
 
 @triton.jit
@@ -142,7 +145,7 @@ def _step_groups(
 
     m_state = tl.load(m_ptr + offsets, mask=mask, other=other)
     v_state = tl.load(v_ptr + offsets, mask=mask, other=other)
-    g = tl.load(grad_ptr + offsets, mask=mask, other=other).to(tl.float32)
+    g = to_float32(tl.load(grad_ptr + offsets, mask=mask, other=other))
     stored = tl.load(param_ptr + offsets, mask=mask, other=other)
     residual = stored
     if PARAM_ROUNDING == PARAM_SPLIT:
@@ -160,29 +163,36 @@ def _step_groups(
 
     if SCALED_GRAD:
         g = g * grad_factor
-    factor, scale = _decode(m_state, m_amax, m_k16, M_CODEC, True, CHECKED, ISA)
-    m = factor * (scale * beta1)[:, None] + rest1 * g
-    factor, scale = _decode(v_state, v_amax, v_k16, V_CODEC, False, CHECKED, ISA)
-    v = factor * (scale * beta2)[:, None] + (rest2 * g) * g
+    m, m_unit, m_irregular = _decode(m_state, m_amax, m_k16, beta1, M_CODEC, True, M_PLAIN, ISA)
+    v, v_unit, v_irregular = _decode(v_state, v_amax, v_k16, beta2, V_CODEC, False, V_PLAIN, ISA)
+    m += (rest1 * inverse_of_unit(m_unit))[:, None] * g
+    v += ((rest2 * inverse_of_unit(v_unit))[:, None] * g) * g
 
-    irregular = rows * 0 - 1
+    irregular = tl.maximum(m_irregular, v_irregular)
     m_bits = rows * 0
     v_bits = m_bits
     m_spread = m_bits
     v_spread = m_bits
     if M_PLAIN:
-        m_bits, m_spread, irregular = plain_range(m, M_CODEC, ISA)
+        m_bits, m_spread, m_amax, m_irregular = plain_range(m, m_unit, M_CODEC, True, ISA)
+        irregular = tl.maximum(irregular, m_irregular)
     if V_PLAIN:
-        v_bits, v_spread, v_irregular = plain_range(v, V_CODEC, ISA)
-        irregular = tl.maximum(irregular, tl.maximum(v_irregular, v_bits - bits_of(v_limit)))
+        v_bits, v_spread, v_amax, v_irregular = plain_range(v, v_unit, V_CODEC, False, ISA)
+        irregular = tl.maximum(irregular, tl.maximum(v_irregular, bits_of(v_amax) - bits_of(v_limit)))
     irregular = tl.max(irregular, axis=0)
     if irregular < 0:
-        p = load_param(stored, residual, PARAM_ROUNDING) * decay
+        new_p = load_param(stored, residual, PARAM_ROUNDING) * decay
+        rate = (step_size * m_unit)[:, None]
         if V_PLAIN:
-            p -= m * scaled_reciprocal(sqrt(v, ISA) * root + eps, tl.broadcast_to(step_size, v.shape), ISA)
+            denominator = sqrt(v, ISA) * (root * sqrt_of_unit(v_unit))[:, None] + eps
+            new_p -= m * scaled_reciprocal(denominator, tl.broadcast_to(rate, v.shape), ISA)
+        elif CHECKED:
+            small = v < 2.0**-64  # the square root unit flushes subnormals
+            size = sqrt(v * tl.where(small, 2.0**64, 1.0), ISA) * tl.where(small, 2.0**-32, 1.0)
+            new_p -= rate * (m / (size * root + eps))
         else:
-            p -= step_size * (m / (tl.sqrt_rn(v) * root + eps))
-        new_param, new_residual = store_param(p, param_key, first, offsets, param_ptr.dtype.element_ty, PARAM_ROUNDING, ISA)
+            new_p -= m * (rate * reciprocal(sqrt(v, ISA) * root + eps, ISA))
+        new_param, new_residual = store_param(new_p, param_key, first, offsets, param_ptr.dtype.element_ty, PARAM_ROUNDING, ISA)
         tl.store(param_ptr + offsets, new_param, mask=mask)
         if PARAM_ROUNDING == PARAM_SPLIT:
             tl.store(residual_ptr + offsets, new_residual, mask=mask)
@@ -218,7 +228,7 @@ def _encode(
     PLAIN: tl.constexpr,
     ISA: tl.constexpr,
 ):
-    """State, amax and metadata byte as stored; the `float32` codec leaves the metadata as it was.
+    """State, amax and metadata byte as stored; amax and k16 come from `plain_range`, or are the old ones and stay with `float32`.
 
     A finite gradient whose square overflows: the update stands still, as torch's does, and what is stored of v stays a number.
     """
@@ -228,7 +238,7 @@ def _encode(
         return x, amax, k16
     elif PLAIN:
         codes, k16_new = encode_plain(x, max_bits, spread, key, first, offsets, CODEC, SIGNED, STOCHASTIC, ISA)
-        return codes, float_of(max_bits), k16_new
+        return codes, amax, k16_new
     else:
         return encode_checked(x, key, first, offsets, CODEC, SIGNED, STOCHASTIC, ISA)
 
@@ -236,7 +246,7 @@ def _encode(
 @triton.jit(do_not_specialize=["seed"])
 def step_kernel(
     table_ptr,  # int64 [n_rows, 10]
-    tiles_ptr,  # int32 [n_tiles, 2]: row of the table, first group
+    tiles_ptr,  # int32 [n_tiles, 2] of `make_tiles`
     corrections_ptr,  # float32 [n_rows, 4]
     grad_scale_ptr,  # float32 [1] or None
     found_inf_ptr,  # float32 [1] or None
@@ -261,10 +271,11 @@ def step_kernel(
     if found_inf_ptr is not None and tl.load(found_inf_ptr) != 0:
         return
     tile_ptr = tiles_ptr + tl.program_id(0).to(tl.int64) * 2
-    row = tl.load(tile_ptr).to(tl.int64)
+    row = tl.load(tile_ptr)
     group = tl.load(tile_ptr + 1).to(tl.int64)
+    whole = row >= 0
+    row = tl.where(whole, row, ~row).to(tl.int64)
     row_ptr = table_ptr + row * _COLUMNS
-    left = tl.load(row_ptr + _NUMEL) - group * G
     corrections_ptr += row * 4
     corrections = (tl.load(corrections_ptr), tl.load(corrections_ptr + 1), tl.load(corrections_ptr + 2), tl.load(corrections_ptr + 3))
     betas = (beta1, rest1, beta2, rest2)
@@ -273,6 +284,8 @@ def step_kernel(
         grad_factor = 1.0 / tl.load(grad_scale_ptr)
     if MAXIMIZE:
         grad_factor = -grad_factor
+    M_DTYPE: tl.constexpr = tl.float32 if M_CODEC == FLOAT32 else tl.uint8
+    V_DTYPE: tl.constexpr = tl.float32 if V_CODEC == FLOAT32 else tl.uint8
     SCALED_GRAD: tl.constexpr = MAXIMIZE or grad_scale_ptr is not None
 
     m_key = tl.full([], 0, tl.uint32)
@@ -288,62 +301,63 @@ def step_kernel(
 
     ROWS: tl.constexpr = _TILE // G
     first = group * G
-    params = _address(row_ptr, _PARAM, PARAM_DTYPE)
-    grads = _address(row_ptr, _GRAD, GRAD_DTYPE)
-    exp_avgs = _address(row_ptr, _EXP_AVG, tl.float32 if M_CODEC == FLOAT32 else tl.uint8)
-    exp_avg_sqs = _address(row_ptr, _EXP_AVG_SQ, tl.float32 if V_CODEC == FLOAT32 else tl.uint8)
-    amaxs = _address(row_ptr, _AMAX, tl.int64)
-    k16s = _address(row_ptr, _K16, tl.uint16)
-    residuals = _address(row_ptr, _RESIDUAL, tl.int8)
-
-    pending = tl.minimum(tl.cdiv(left, G), ROWS).to(tl.int32)
-    aligned = ((params.to(tl.int64) | grads.to(tl.int64)) & 15) == 0
-    if aligned & (left >= _TILE):
-        # What Triton cannot know of addresses read from memory; without it every access is of one element. The hint marks the
-        # operation that makes the address: the additions here must not be those that the checked path uses.
+    irregular = tl.full([], 0, tl.int32)
+    params = _address(row_ptr, _PARAM, PARAM_DTYPE) + first
+    grads = _address(row_ptr, _GRAD, GRAD_DTYPE) + first
+    if whole & (((params.to(tl.int64) | grads.to(tl.int64)) & 15) == 0) & (corrections[3] > 0):
+        # What Triton cannot know of addresses read from memory; without it every access is of one element.
         pointers = (
-            tl.multiple_of(params + first, 16),
-            tl.multiple_of(grads + first, 16),
-            tl.multiple_of(exp_avgs + first, 16),
-            tl.multiple_of(exp_avg_sqs + first, 16),
-            amaxs + group,
-            k16s + group,
-            tl.multiple_of(residuals + first, 16),
+            tl.multiple_of(params, 16),
+            tl.multiple_of(grads, 16),
+            tl.multiple_of(_address(row_ptr, _EXP_AVG, M_DTYPE) + first, 16),
+            tl.multiple_of(_address(row_ptr, _EXP_AVG_SQ, V_DTYPE) + first, 16),
+            _address(row_ptr, _AMAX, tl.int64) + group,
+            _address(row_ptr, _K16, tl.uint16) + group,
+            tl.multiple_of(_address(row_ptr, _RESIDUAL, tl.int8) + first, 16),
         )
         irregular = _step_groups(
-            pointers, first, left, corrections, grad_factor, betas, eps, keys, M_CODEC, V_CODEC, M_STOCHASTIC, V_STOCHASTIC,
+            pointers, first, _TILE, corrections, grad_factor, betas, eps, keys, M_CODEC, V_CODEC, M_STOCHASTIC, V_STOCHASTIC,
             PARAM_ROUNDING, SCALED_GRAD, G, ROWS, False, ISA,
         )  # fmt: skip
-        pending = tl.where(irregular < 0, 0, pending)
-    for i in range(pending):
-        at = first + i * G
-        pointers = (
-            params + at,
-            grads + at,
-            exp_avgs + at,
-            exp_avg_sqs + at,
-            amaxs + (group + i),
-            k16s + (group + i),
-            residuals + at,
-        )
-        _step_groups(
-            pointers, at, left - i * G, corrections, grad_factor, betas, eps, keys, M_CODEC, V_CODEC, M_STOCHASTIC,
-            V_STOCHASTIC, PARAM_ROUNDING, SCALED_GRAD, G, 1, True, ISA,
-        )  # fmt: skip
+    if irregular >= 0:
+        # read again: addresses kept from above would cost the plain path 20 registers
+        group = tl.load(tile_ptr + 1).to(tl.int64)
+        left = tl.load(row_ptr + _NUMEL) - group * G
+        for i in range(tl.cdiv(tl.minimum(left, _TILE).to(tl.int32), G)):
+            at = (group + i) * G
+            pointers = (
+                _address(row_ptr, _PARAM, PARAM_DTYPE) + at,
+                _address(row_ptr, _GRAD, GRAD_DTYPE) + at,
+                _address(row_ptr, _EXP_AVG, M_DTYPE) + at,
+                _address(row_ptr, _EXP_AVG_SQ, V_DTYPE) + at,
+                _address(row_ptr, _AMAX, tl.int64) + (group + i),
+                _address(row_ptr, _K16, tl.uint16) + (group + i),
+                _address(row_ptr, _RESIDUAL, tl.int8) + at,
+            )
+            _step_groups(
+                pointers, at, left - i * G, corrections, grad_factor, betas, eps, keys, M_CODEC, V_CODEC, M_STOCHASTIC,
+                V_STOCHASTIC, PARAM_ROUNDING, SCALED_GRAD, G, 1, True, ISA,
+            )  # fmt: skip
 
 
 def make_tiles(numels: Sequence[int], group_size: int) -> Tensor:
     """int32 [n_tiles, 2] on the host: for each program its row of the table and its first group.
+
+    The last tile of a tensor that does not fill it has the row's complement, ~row.
 
     Args:
         numels: elements of each row's tensor.
         group_size: elements a group.
     """
     groups_a_tile = _TILE.value // group_size
-    counts = np.array([-(-num_groups(n, group_size) // groups_a_tile) for n in numels], dtype=np.int64)
+    sizes = np.array(numels, dtype=np.int64)
+    counts = -(-sizes // _TILE.value)
     tiles = np.empty((int(counts.sum()), 2), dtype=np.int32)
+    ends = np.cumsum(counts)
     tiles[:, 0] = np.repeat(np.arange(len(counts)), counts)
-    tiles[:, 1] = (np.arange(len(tiles)) - np.repeat(np.cumsum(counts) - counts, counts)) * groups_a_tile
+    tiles[:, 1] = (np.arange(len(tiles)) - np.repeat(ends - counts, counts)) * groups_a_tile
+    cut = sizes % _TILE.value > 0
+    tiles[ends[cut] - 1, 0] = ~np.flatnonzero(cut)
     return torch.from_numpy(tiles)
 
 
@@ -356,7 +370,7 @@ def _log_pair(beta: float) -> tuple[float, float]:
 
 def _plain_limit(eps: float) -> float:
     """(sqrt(v)·root)^2 from which on two denominators may not share a reciprocal; 0 where eps alone rules it out."""
-    return 2.0**78 if 2.0**-60 <= eps <= 2.0**38 else 0.0
+    return 2.0**40 if 2.0**-60 <= eps <= 2.0**19 else 0.0
 
 
 def step(

@@ -11,7 +11,7 @@ from ...formats import num_groups
 from ...formats.codecs import Codec
 from ...formats.triton import decode_checked, encode_checked
 from ...formats.triton_launch import device_guard, instruction_set, signed32, tl_dtype
-from ...formats.triton_params import to_dtype
+from ...formats.triton_params import to_dtype, to_float32
 
 #: Elements a program handles: 16 for each thread of 4 warps.
 _TILE = 2048
@@ -39,7 +39,7 @@ def quantize_kernel(
     offsets = rows[:, None] * G + tl.arange(0, G)[None, :]
     left = n - group * G
     mask = offsets < left
-    x = tl.load(x_ptr + group * G + offsets, mask=mask, other=0.0).to(tl.float32)
+    x = to_float32(tl.load(x_ptr + group * G + offsets, mask=mask, other=0.0))
     codes, amax, k16 = encode_checked(x, key.to(tl.uint32), group * G, offsets, CODEC, SIGNED, STOCHASTIC, ISA)
     tl.store(codes_ptr + group * G + offsets, codes, mask=mask)
     tl.store(amax_ptr + group + rows, amax, mask=rows * G < left)

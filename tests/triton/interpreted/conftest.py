@@ -26,11 +26,12 @@ if INTERPRETED and PTX:
 
 
 @pytest.fixture(autouse=True)
-def _instruction_set(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Kernels take the assembly that sm_89 and later run, or the portable operations."""
+def _interpretable(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels take the assembly that sm_89 and later run, or the portable operations; a program's cost here is its count of operations."""
     from coat_kernels.formats.triton_ptx import PORTABLE, PTX_FP8
     from coat_kernels.ops.adamw_fp8 import triton as adamw_fp8
     from coat_kernels.ops.group_quant import triton as group_quant
 
     for module in (adamw_fp8, group_quant):
         monkeypatch.setattr(module, "instruction_set", lambda _: (PTX_FP8 if PTX else PORTABLE).value)
+    monkeypatch.setattr(group_quant, "_TILE", 2048 * 8)

@@ -1,0 +1,112 @@
+"""Every kernel compiles for every supported GPU on a machine that has none, and spills no registers."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+triton = pytest.importorskip("triton")
+
+import triton.language as tl  # noqa: E402
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler import ASTSource  # noqa: E402
+
+from coat_kernels.formats.codecs import CODECS  # noqa: E402
+from coat_kernels.formats.triton_ptx import PTX, PTX_FP8  # noqa: E402
+from coat_kernels.ops.adamw_fp8 import triton as adamw_fp8  # noqa: E402
+from coat_kernels.ops.group_quant import triton as group_quant  # noqa: E402
+
+TARGETS = (75, 80, 86, 89, 90, 100, 120)
+CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+
+POINTERS = {"x_ptr": "*fp32", "codes_ptr": "*u8", "amax_ptr": "*fp32", "k16_ptr": "*u8", "out_ptr": "*fp32"}
+POINTERS |= {"table_ptr": "*i64", "tiles_ptr": "*i32", "corrections_ptr": "*fp32", "grad_scale_ptr": "*fp32", "found_inf_ptr": "*fp32"}
+INTEGERS = {"n": "i64", "key": "i32", "n_rows": "i32", "seed": "i32"}
+
+
+#: Kernel, warps, constants, types of arguments.
+Case = tuple[Any, int, dict[str, Any], dict[str, str]]
+
+
+def compile_kernel(case: Case, sm: int) -> Any:
+    """Compile as a launch with 16-byte aligned pointers would; floats are what is neither pointer, integer nor constant."""
+    kernel, num_warps, constants, types = case
+    names = kernel.arg_names
+    constants = {**constants, "ISA": (PTX_FP8 if sm >= 89 else PTX).value} if "ISA" in names else constants
+    known = {**POINTERS, **INTEGERS, **types}
+    signature = {name: "constexpr" if name in constants else known.get(name, "fp32") for name in names}
+    aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if signature[name].startswith("*")}
+    source = ASTSource(kernel, signature, {(names.index(name),): value for name, value in constants.items()}, aligned)
+    try:
+        return triton.compile(source, target=GPUTarget("cuda", sm, 32), options={"num_warps": num_warps})
+    except (ValueError, RuntimeError, AssertionError) as error:
+        if re.search(rf"sm_{sm}|capability|unsupported", str(error)):
+            pytest.skip(f"this Triton does not know sm_{sm}: {error}")
+        raise
+
+
+def step_case(m: str, v: str, param: Any, grad: Any, **constants: Any) -> Case:
+    defaults = {"M_STOCHASTIC": False, "V_STOCHASTIC": False, "PARAM_ROUNDING": 0, "MAXIMIZE": False, "G": 128}
+    scaler = {"grad_scale_ptr": None, "found_inf_ptr": None} if not constants.pop("amp", False) else {}
+    chosen = {"M_CODEC": CODECS[m].index, "V_CODEC": CODECS[v].index, "PARAM_DTYPE": param, "GRAD_DTYPE": grad}
+    return adamw_fp8.step_kernel, 1, {**defaults, **scaler, **chosen, **constants}, {}
+
+
+def quantize_case(codec: str, x: str, **constants: Any) -> Case:
+    shape = {"G": 128, "ROWS": 16, "CODEC": CODECS[codec].index, "STOCHASTIC": False, "SIGNED": CODECS[codec].signed}
+    return group_quant.quantize_kernel, 4, {**shape, **constants}, {"x_ptr": x}
+
+
+def dequantize_case(codec: str, out: str, dtype: Any) -> Case:
+    return group_quant.dequantize_kernel, 4, {"G": 128, "ROWS": 16, "CODEC": CODECS[codec].index, "DTYPE": dtype}, {"out_ptr": out}
+
+
+#: What runs unless a user asks otherwise; compiled for every target.
+MAIN = {
+    "step-fp32-e4m3": step_case("e4m3_expand", "e4m3_expand", tl.float32, tl.float32),
+    "step-bf16-log8": step_case("e4m3_expand", "log8", tl.bfloat16, tl.bfloat16, V_STOCHASTIC=True),
+    "advance": (adamw_fp8.advance_kernel, 1, {"LR_IS_TENSOR": False, "ROWS": 32, "found_inf_ptr": None}, {}),
+    "quantize-e4m3": quantize_case("e4m3_expand", "*fp32"),
+    "dequantize-e4m3": dequantize_case("e4m3_expand", "*fp32", tl.float32),
+}
+#: The other combinations; compiled for the oldest target, for the first with FP8 conversions and for the newest.
+MORE = {
+    "step-bf16-e4m3": step_case("e4m3_expand", "e4m3_expand", tl.bfloat16, tl.bfloat16, amp=True),
+    "step-fp32-log8": step_case("e4m3_expand", "log8", tl.float32, tl.bfloat16, G=256),
+    "step-split": step_case("e4m3_expand", "log8", tl.bfloat16, tl.bfloat16, PARAM_ROUNDING=2, G=64),
+    "step-fp16-stochastic": step_case("e5m2_expand", "e4m3", tl.float16, tl.float16, M_STOCHASTIC=True, PARAM_ROUNDING=1, MAXIMIZE=True),
+    "step-fp32-states": step_case("float32", "float32", tl.float32, tl.float32, G=32, amp=True),
+    "step-mixed": step_case("float32", "e5m2_expand", tl.bfloat16, tl.float32, PARAM_ROUNDING=1, V_STOCHASTIC=True),
+    "advance-tensor-lr": (adamw_fp8.advance_kernel, 1, {"LR_IS_TENSOR": True, "ROWS": 32}, {"lr": "*fp32"}),
+    "quantize-e5m2-stochastic": quantize_case("e5m2_expand", "*bf16", STOCHASTIC=True),
+    "quantize-e4m3-unsigned": quantize_case("e4m3", "*fp16", SIGNED=False),
+    "quantize-log8-stochastic": quantize_case("log8", "*fp32", STOCHASTIC=True),
+    "dequantize-log8": dequantize_case("log8", "*bf16", tl.bfloat16),
+    "dequantize-e5m2": dequantize_case("e5m2", "*fp16", tl.float16),
+}
+CASES = [(sm, name) for sm in TARGETS for name in MAIN] + [(sm, name) for sm in (75, 89, 120) for name in MORE]
+
+
+@pytest.mark.parametrize("sm, name", CASES, ids=[f"sm_{sm}-{name}" for sm, name in CASES])
+def test_compiles_without_spills(sm: int, name: str, tmp_path: Path) -> None:
+    compiled = compile_kernel({**MAIN, **MORE}[name], sm)
+    cubin = tmp_path / "kernel.cubin"
+    cubin.write_bytes(compiled.asm["cubin"])
+    usage = subprocess.run([CUOBJDUMP, "-res-usage", cubin], capture_output=True, text=True, check=True).stdout
+    registers = re.search(r"REG:(\d+) STACK:(\d+).* LOCAL:(\d+)", usage)
+    assert registers, usage
+    assert registers[2] == "0" and registers[3] == "0", f"spills registers: {usage}"
+
+
+@pytest.mark.parametrize("name", ["step-fp32-e4m3", "step-bf16-log8"])
+def test_whole_tiles_move_16_bytes_at_a_time(name: str) -> None:
+    """16 elements a thread: one access for the codes of each moment, two or four for parameters and gradients."""
+    compiled = compile_kernel(MAIN[name], 90)
+    assert "sizePerThread = [1, 16], threadsPerWarp = [4, 8]" in compiled.asm["ttgir"]
+    wide = 4 if "fp32" in name else 2
+    assert len(re.findall(r"ld\.global\.v4\.b32", compiled.asm["ptx"])) == 2 + 2 * wide
+    assert len(re.findall(r"st\.global\.v4\.b32", compiled.asm["ptx"])) == 2 + wide
