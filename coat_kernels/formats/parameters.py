@@ -12,6 +12,7 @@ PARAM_ROUNDINGS = ("nearest", "stochastic", "split")
 DTYPE_INDEX = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 PARAM_DTYPES = tuple(DTYPE_INDEX)
 
+
 def check_param_rounding(param_rounding: str) -> str:
     if param_rounding not in PARAM_ROUNDINGS:
         raise ValueError(f"unknown param_rounding {param_rounding!r}; choose one of {', '.join(map(repr, PARAM_ROUNDINGS))}")

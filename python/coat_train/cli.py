@@ -10,9 +10,12 @@ import typer
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Low-precision training kernels for PyTorch.")
 
 
-@app.callback()
-def _main() -> None:
-    """Keeps `coat demo` a subcommand while it is the only one."""
+@app.command()
+def env() -> None:
+    """Print which backend serves which op on this machine."""
+    from coat_kernels.__main__ import main
+
+    main()
 
 
 @app.command()

@@ -282,7 +282,7 @@ def test_the_reference_runs_on_request_and_agrees(impl: dict, device: torch.devi
         for optimizer in optimizers:
             optimizer.step()
     difference = (fused - loop).abs()
-    # a code one step beside moves an update of 0.01 by up to a tenth; at most 0.2 % of codes lie there (formats/README.md), twice two encodes
+    # a code one step beside moves an update of 0.01 by up to a tenth; 0.2 % of the codes of two moments, encoded twice, may
     assert difference.max() <= 1e-3
     assert (difference > 1e-6).float().mean() <= 8e-3
 
