@@ -122,9 +122,10 @@ def test_measures_count_state():
 def test_command_line(tmp_path, monkeypatch):
     runner = CliRunner()
     seen = []
+    monkeypatch.setattr(torch, "set_num_threads", lambda count: seen.append(count))
     monkeypatch.setattr(comparison, "run_demo", lambda settings, console: seen.append(settings))
     assert runner.invoke(app, ["demo", "--quick", "--output", str(tmp_path), "--device", "cpu", "--seed", "7"]).exit_code == 0
-    assert seen == [Settings.quick(tmp_path, "cpu", 7)]
+    assert seen == [1, Settings.quick(tmp_path, "cpu", 7)]
 
     def stop(settings, console):
         raise KeyboardInterrupt
