@@ -51,7 +51,7 @@ _MIN_UNIT_BITS, _MAX_UNIT_BITS, _MAX_SQUARED_UNIT_BITS = (
     tl.constexpr((127 + 22) << 23),
 )
 #: New values from here on, in the old values' unit: products with the unit would leave float32.
-_MAX_GROWTH, _MAX_SQUARED_GROWTH = tl.constexpr((127 + 40) << 23), tl.constexpr((127 + 80) << 23)
+_MAX_GROWTH, _MAX_SQUARED_GROWTH = tl.constexpr((127 + 40) << 23), tl.constexpr((127 + 58) << 23)
 #: `log8` over 40 octaves: a float32 exponent cannot hold it to 4e-6.
 _LOG8_WIDE = tl.constexpr(40)
 _OCTAVE_CUT_Q15 = tl.constexpr(float(MAX_OCTAVES << 15))

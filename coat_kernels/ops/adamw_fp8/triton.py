@@ -39,6 +39,8 @@ from .settings import Hyperparameters, StateFormat
 
 _TILE = tl.constexpr(512)
 _ROWS_A_PROGRAM = 32
+#: Two denominators share a reciprocal on the plain path: their product must neither vanish nor overflow.
+_MIN_EPS, _MAX_EPS = tl.constexpr(2.0**-60), tl.constexpr(2.0**40)
 _COLUMNS = tl.constexpr(len(COLUMNS))
 _PARAM, _GRAD = tl.constexpr(COLUMNS.index("param")), tl.constexpr(COLUMNS.index("grad"))
 _EXP_AVG, _EXP_AVG_SQ = tl.constexpr(COLUMNS.index("exp_avg")), tl.constexpr(COLUMNS.index("exp_avg_sq"))
@@ -60,11 +62,10 @@ def advance_kernel(
     log_beta2,
     log_beta2_rest,
     weight_decay,
-    plain_limit,  # of (sqrt(v)·root)^2
     LR_IS_TENSOR: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """step += 1; corrections = lr/(1 - beta1^step), 1/sqrt(1 - beta2^step), 1 - lr·weight_decay, and the v that is too large.
+    """step += 1; corrections = lr/(1 - beta1^step), 1/sqrt(1 - beta2^step), 1 - lr·weight_decay.
 
     In float64: 1 - beta^t cancels. ln(beta) comes as two float32.
     """
@@ -84,7 +85,6 @@ def advance_kernel(
     tl.store(out, (lr / correction1).to(tl.float32), mask=mask)
     tl.store(out + 1, (1.0 / tl.sqrt(correction2)).to(tl.float32), mask=mask)
     tl.store(out + 2, step * 0.0 + (1.0 - lr * weight_decay), mask=mask)
-    tl.store(out + 3, (correction2 * plain_limit).to(tl.float32), mask=mask)
 
 
 @triton.jit
@@ -110,7 +110,7 @@ def _step_groups(
     pointers,  # param, grad, exp_avg, exp_avg_sq, amax, k16, residual at the first group
     first,  # element number of the first group's start, int64
     left,  # elements from there to the tensor's end
-    corrections,  # step_size, root, decay, v_limit: a row of `advance_kernel`'s
+    corrections,  # step_size, root, decay: a row of `advance_kernel`'s
     grad_factor,
     betas,  # beta1, 1 - beta1, beta2, 1 - beta2
     eps,
@@ -131,13 +131,12 @@ def _step_groups(
     CHECKED takes any numbers and masks what lies past the tensor's end; the plain form does neither.
     """
     param_ptr, grad_ptr, m_ptr, v_ptr, amax_ptr, k16_ptr, residual_ptr = pointers
-    step_size, root, decay, v_limit = corrections
+    step_size, root, decay = corrections
     beta1, rest1, beta2, rest2 = betas
     m_key, v_key, param_key = keys
     QUANTIZED: tl.constexpr = M_CODEC != FLOAT32 or V_CODEC != FLOAT32
-    # FP8 codes rounded by chance have no plain form
-    M_PLAIN: tl.constexpr = not CHECKED and has_plain_form(M_CODEC) and not M_STOCHASTIC
-    V_PLAIN: tl.constexpr = not CHECKED and has_plain_form(V_CODEC) and (V_CODEC == LOG8 or not V_STOCHASTIC)
+    M_PLAIN: tl.constexpr = not CHECKED and has_plain_form(M_CODEC)
+    V_PLAIN: tl.constexpr = not CHECKED and has_plain_form(V_CODEC)
     rows = tl.arange(0, ROWS)
     offsets = rows[:, None] * G + tl.arange(0, G)[None, :]
     mask = offsets < left if CHECKED else None
@@ -178,7 +177,7 @@ def _step_groups(
         irregular = tl.maximum(irregular, m_irregular)
     if V_PLAIN:
         v_bits, v_spread, v_amax, v_irregular = plain_range(v, v_unit, V_CODEC, False, ISA)
-        irregular = tl.maximum(irregular, tl.maximum(v_irregular, bits_of(v_amax) - bits_of(v_limit)))
+        irregular = tl.maximum(irregular, v_irregular)
     irregular = tl.max(irregular, axis=0)
     if irregular < 0:
         new_p = load_param(stored, residual, PARAM_ROUNDING) * decay
@@ -277,7 +276,7 @@ def step_kernel(
     row = tl.where(whole, row, ~row).to(tl.int64)
     row_ptr = table_ptr + row * _COLUMNS
     corrections_ptr += row * 4
-    corrections = (tl.load(corrections_ptr), tl.load(corrections_ptr + 1), tl.load(corrections_ptr + 2), tl.load(corrections_ptr + 3))
+    corrections = (tl.load(corrections_ptr), tl.load(corrections_ptr + 1), tl.load(corrections_ptr + 2))
     betas = (beta1, rest1, beta2, rest2)
     grad_factor = 1.0
     if grad_scale_ptr is not None:
@@ -300,11 +299,13 @@ def step_kernel(
     keys = (m_key, v_key, param_key)
 
     ROWS: tl.constexpr = _TILE // G
+    # FP8 codes rounded by chance have no plain form, and 16 elements a thread of the other spill registers on sm_120
+    WHOLE_TILES: tl.constexpr = not M_STOCHASTIC and (V_CODEC == LOG8 or not V_STOCHASTIC)
     first = group * G
     irregular = tl.full([], 0, tl.int32)
     params = _address(row_ptr, _PARAM, PARAM_DTYPE) + first
     grads = _address(row_ptr, _GRAD, GRAD_DTYPE) + first
-    if whole & (((params.to(tl.int64) | grads.to(tl.int64)) & 15) == 0) & (corrections[3] > 0):
+    if WHOLE_TILES and whole & (((params.to(tl.int64) | grads.to(tl.int64)) & 15) == 0) & (eps >= _MIN_EPS) & (eps <= _MAX_EPS):
         # What Triton cannot know of addresses read from memory; without it every access is of one element.
         pointers = (
             tl.multiple_of(params, 16),
@@ -368,11 +369,6 @@ def _log_pair(beta: float) -> tuple[float, float]:
     return high, log - high
 
 
-def _plain_limit(eps: float) -> float:
-    """(sqrt(v)·root)^2 from which on two denominators may not share a reciprocal; 0 where eps alone rules it out."""
-    return 2.0**40 if 2.0**-60 <= eps <= 2.0**19 else 0.0
-
-
 def step(
     table: Tensor,
     tiles: Tensor,
@@ -395,7 +391,7 @@ def step(
     if not len(tiles) and not len(table):
         return
     lr = hyper.lr
-    if isinstance(lr, Tensor) and lr.device != table.device:
+    if not (isinstance(lr, Tensor) and lr.device == table.device):
         lr = float(lr)
     log1, log1_rest = _log_pair(hyper.beta1)
     log2, log2_rest = _log_pair(hyper.beta2)
@@ -410,8 +406,7 @@ def step(
             log1_rest,
             log2,
             log2_rest,
-            hyper.weight_decay,
-            _plain_limit(hyper.eps),
+            float(hyper.weight_decay),
             LR_IS_TENSOR=isinstance(lr, Tensor),
             ROWS=_ROWS_A_PROGRAM,
             num_warps=1,
@@ -423,18 +418,18 @@ def step(
                 corrections,
                 hyper.grad_scale,
                 hyper.found_inf,
-                hyper.beta1,
-                1 - hyper.beta1,
-                hyper.beta2,
-                1 - hyper.beta2,
-                hyper.eps,
+                float(hyper.beta1),
+                1.0 - hyper.beta1,
+                float(hyper.beta2),
+                1.0 - hyper.beta2,
+                float(hyper.eps),
                 signed32(fmt.seed),
                 PARAM_DTYPE=tl_dtype(param_dtype),
                 GRAD_DTYPE=tl_dtype(grad_dtype),
                 M_CODEC=fmt.exp_avg.index,
                 V_CODEC=fmt.exp_avg_sq.index,
-                M_STOCHASTIC=fmt.exp_avg_rounding == "stochastic",
-                V_STOCHASTIC=fmt.exp_avg_sq_rounding == "stochastic",
+                M_STOCHASTIC=fmt.exp_avg.quantized and fmt.exp_avg_rounding == "stochastic",
+                V_STOCHASTIC=fmt.exp_avg_sq.quantized and fmt.exp_avg_sq_rounding == "stochastic",
                 PARAM_ROUNDING=PARAM_ROUNDINGS.index(fmt.param_rounding),
                 MAXIMIZE=hyper.maximize,
                 G=fmt.group_size,

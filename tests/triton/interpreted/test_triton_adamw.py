@@ -127,24 +127,25 @@ def run(params: list[Tensor], fmt: StateFormat, steps: int = 3, hyper: Hyperpara
     return state
 
 
-@pytest.mark.parametrize("group_size", [32, 64, 128, 256])
+@pytest.mark.parametrize("group_size", [32, 128, 256])
 @pytest.mark.parametrize("fmt", [StateFormat(E4M3, E4M3), StateFormat(E4M3, LOG8, exp_avg_sq_rounding="stochastic", seed=7)])
 def test_many_ragged_tensors_equal_one_at_a_time(fmt: StateFormat, group_size: int, request: pytest.FixtureRequest) -> None:
     from coat_kernels.formats import triton_ptx
 
     fmt = StateFormat(fmt.exp_avg, fmt.exp_avg_sq, group_size, "nearest", fmt.exp_avg_sq_rounding, "nearest", fmt.seed)
-    sizes = [0, 1, 127, 128, 129, 512, 513, 1100]
+    sizes = [0, 1, 127, 128, 129, 512, 600]
     generator = torch.Generator().manual_seed(0)
     params = [torch.randn(n, generator=generator) for n in sizes]
     alone = [p.clone() for p in params]
-    together = run(params, fmt)
+    together = run(params, fmt, steps=2)
     exact = kernel.instruction_set(params[0]) == triton_ptx.PORTABLE.value
+    assert all(bool((p != old).all()) for p, old in zip(params, alone, strict=True))
     for i, p in enumerate(alone):
         state = fresh_state([p], fmt)
         state.indices = [i]
-        for t in range(3):
+        for t in range(2):
             step([p], [gradients(p.numel(), 10 * i + t)], state, fmt)
-        assert float(together.steps[i]) == 3
+        assert float(together.steps[i]) == 2
         if exact:
             assert torch.equal(p, params[i]) and torch.equal(state.exp_avgs[0], together.exp_avgs[i])
             assert torch.equal(state.exp_avg_sqs[0], together.exp_avg_sqs[i]) and torch.equal(state.amaxs[0], together.amaxs[i])
@@ -208,7 +209,7 @@ def test_a_square_that_overflows_stands_still() -> None:
     assert bool(torch.isfinite(params[0]).all())
 
 
-@pytest.mark.parametrize("scale", [1e-24, 1e-21, 1e15, 1e18])
+@pytest.mark.parametrize("scale", [1e-24, 1e-21, 1e12, 1e19])
 def test_gradients_of_any_size(scale: float) -> None:
     """Adam does not know the unit of its gradients: squares that are subnormal or huge move parameters as ordinary ones do."""
     fmt, hyper = StateFormat(E4M3, LOG8), Hyperparameters(1e-2, 0.9, 0.999, 1e-8 * scale, 0.0)
@@ -217,7 +218,7 @@ def test_gradients_of_any_size(scale: float) -> None:
     for t in range(3):
         g = torch.randn(512, generator=torch.Generator().manual_seed(t))
         step(big, [g * scale], big_state, fmt, hyper)
-        step(plain, [g], state, fmt, HYPER if False else Hyperparameters(1e-2, 0.9, 0.999, 1e-8, 0.0))
+        step(plain, [g], state, fmt, Hyperparameters(1e-2, 0.9, 0.999, 1e-8, 0.0))
     # squares of 1e-24 underflow in float32, as they do for torch: what holds there is that nothing blows up
     if scale >= 1e-18:
         torch.testing.assert_close(big[0], plain[0], rtol=0, atol=1e-3)
@@ -231,9 +232,9 @@ def test_moments_die_away_on_the_plain_path() -> None:
     state = fresh_state(params, fmt)
     hyper = Hyperparameters(1e-3, 0.1, 0.2, 1e-8, 0.0)
     step(params, [gradients(512, 0)], state, fmt, hyper)
-    for _ in range(60):
+    for _ in range(40):
         step(params, [torch.zeros(512)], state, fmt, hyper)
-    assert bool(torch.isfinite(params[0]).all()) and bool((state.amaxs[0] < 1e-30).all())
+    assert bool(torch.isfinite(params[0]).all()) and bool((state.amaxs[0] < 1e-20).all())
     before = params[0].clone()
     step(params, [torch.zeros(512)], state, fmt, hyper)
     assert torch.equal(before, params[0])
@@ -338,3 +339,13 @@ def test_tiles() -> None:
     assert tiles.dtype == torch.int32
     assert tiles[:5].tolist() == [[~1, 0], [2, 0], [3, 0], [3, 4], [~3, 8]]
     assert len(tiles) == 5 + 2**23 and tiles[-1].tolist() == [4, 2**25 - 4]
+
+
+def test_without_eps_a_zero_gradient_is_its_own_undoing_only() -> None:
+    """0/0, as in torch; the kernel's shared reciprocals must not hand it to a neighbour."""
+    fmt, hyper = StateFormat(E4M3, E4M3), Hyperparameters(1e-2, 0.9, 0.999, 0.0, 0.0)
+    g, params = torch.full((512,), 0.5), [torch.zeros(512)]
+    g[100] = 0
+    step(params, [g], fresh_state(params, fmt), fmt, hyper)
+    assert bool(params[0][100].isnan())
+    torch.testing.assert_close(params[0][g != 0], torch.full((511,), -1e-2), rtol=1e-6, atol=0)
