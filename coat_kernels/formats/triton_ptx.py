@@ -73,15 +73,6 @@ def reciprocal(x, ISA: tl.constexpr):
 
 
 @triton.jit
-def pin(x, ISA: tl.constexpr):
-    """x, which the compiler must have here: else it moves a load behind the branch that alone uses it, and its latency with it."""
-    if ISA == PORTABLE:
-        return x
-    else:
-        return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=False, pack=1)
-
-
-@triton.jit
 def scaled_reciprocal(x, scale, ISA: tl.constexpr):
     """scale / x. Two neighbours share one reciprocal, 1/a = b/(ab): a·b must stay well inside float32's range."""
     if ISA == PORTABLE:

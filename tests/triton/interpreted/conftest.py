@@ -19,6 +19,17 @@ if INTERPRETED:
     np.seterr(all="ignore")
     sys.path.insert(0, str(Path(__file__).parent.parent))
 
+    from triton.runtime import interpreter
+
+    _patch_lang_tensor = interpreter._patch_lang_tensor
+
+    def _with_loop_bounds(tensor, scope):  # type: ignore[no-untyped-def]
+        """Triton 3.6 takes a loop's bound, an array of one element, for a Python scalar, which NumPy 2.4 no longer allows."""
+        _patch_lang_tensor(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.squeeze()))
+
+    interpreter._patch_lang_tensor = _with_loop_bounds
+
 if INTERPRETED and PTX:
     import ptx_interpreter
 
