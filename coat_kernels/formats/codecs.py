@@ -8,6 +8,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import torch
+
 GROUP_SIZES = (32, 64, 128, 256)
 ROUNDINGS = ("nearest", "stochastic")
 FORMATS = ("e4m3", "e5m2", "log8")
@@ -46,6 +48,20 @@ class Codec:
         return self.name != "float32"
 
     @property
+    def blockwise(self) -> bool:
+        """Whether a block has one scale and a fixed map of 256 values (`dynamic8`), not a group's metadata."""
+        return self.name == "dynamic8"
+
+    @property
+    def array_dtype(self) -> torch.dtype:
+        """Of the array that stores a tensor's values or codes."""
+        return torch.uint8 if self.quantized else torch.float32
+
+    def codes_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Shape of that array for a tensor of `shape`."""
+        return shape
+
+    @property
     def signed(self) -> bool:
         """Whether negative values can be stored."""
         return self.name != "log8"
@@ -81,6 +97,7 @@ _CODECS = (
     Codec("e5m2", 3, mantissa_bits=2, bias=15, max_code=0x7B),
     Codec("e5m2_expand", 4, mantissa_bits=2, bias=15, max_code=0x7B, expand=True),
     Codec("log8", 5, max_code=255),
+    Codec("dynamic8", 6, max_code=255),
 )
 CODECS = {codec.name: codec for codec in _CODECS}
 

@@ -38,6 +38,7 @@ def test_indices_are_the_kernels() -> None:
         "e5m2": 3,
         "e5m2_expand": 4,
         "log8": 5,
+        "dynamic8": 6,
     }
 
 

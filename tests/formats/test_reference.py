@@ -12,7 +12,7 @@ from coat_kernels.formats.codecs import NAN_CODE
 from coat_kernels.formats.reference import code_values, decode_group, encode_group
 
 G = 128
-QUANTIZED = [codec for codec in CODECS.values() if codec.quantized]
+QUANTIZED = [codec for codec in CODECS.values() if codec.quantized and not codec.blockwise]
 EXPANDED = [codec for codec in QUANTIZED if codec.expand]
 FLOAT32_MAX = torch.finfo(torch.float32).max
 
