@@ -76,10 +76,10 @@ class AdamWFP8Bucket(Bucket):
         for i, (param, grad) in enumerate(zip(self.params, grads, strict=True)):
             held = self.arrays[i]
             absent = grad.new_empty(0)  # metadata where nothing is quantized
-            old = [param, *(held.get(name, absent) for name in ("exp_avg", "exp_avg_sq", "amax", "k16"))]
+            old: list[Any] = [param, *(held.get(name, absent) for name in ("exp_avg", "exp_avg_sq", "amax", "k16"))]
             step = int(self.states[i]["step"].add_(1))
-            numbers = {"step": step, "index": self.indices[i], "fmt": self.fmt, "hyper": hyper}
-            *new, residual = reference.adamw_fp8(old[0], grad, *old[1:], held.get("residual"), **numbers)
+            numbers: dict[str, Any] = {"step": step, "index": self.indices[i], "fmt": self.fmt, "hyper": hyper}
+            *new, residual = reference.adamw_fp8(param, grad, old[1], old[2], old[3], old[4], held.get("residual"), **numbers)
             for target, value in zip(old, new, strict=True):
                 target.copy_(value)
             if residual is not None:
