@@ -55,8 +55,13 @@ class Codec:
 
     @property
     def quantized(self) -> bool:
-        """Whether values are codes with group metadata (`float32` and `bfloat16` are passed through)."""
+        """Whether values are codes with metadata (`float32` and `bfloat16` are passed through)."""
         return self.name not in ("float32", "bfloat16")
+
+    @property
+    def blockwise(self) -> bool:
+        """Whether a block has one scale and a fixed map of 256 values (`dynamic8`), not a group's metadata."""
+        return self.name == "dynamic8"
 
     @property
     def signed(self) -> bool:
@@ -118,6 +123,7 @@ _CODECS = (
     Codec("e5m2", 3, mantissa_bits=2, bias=15, max_code=0x7B),
     Codec("e5m2_expand", 4, mantissa_bits=2, bias=15, max_code=0x7B, expand=True),
     Codec("log8", 5, max_code=255),
+    Codec("dynamic8", 6, max_code=255),
     Codec("softsign8", 7, max_code=127),
     Codec("e2m1", 8, mantissa_bits=1, bias=1, max_code=7, bits=4),
     Codec("e2m1_expand", 9, mantissa_bits=1, bias=1, max_code=7, expand=True, bits=4),

@@ -13,7 +13,7 @@ from coat_kernels.formats.reference import code_values, decode_group, encode_gro
 from tests.codes import codes_at, places
 
 G = 128
-QUANTIZED = [codec for codec in CODECS.values() if codec.quantized]
+QUANTIZED = [codec for codec in CODECS.values() if codec.quantized and not codec.blockwise]
 EXPANDED = [codec for codec in QUANTIZED if codec.expand]
 FLOAT32_MAX = torch.finfo(torch.float32).max
 
@@ -295,7 +295,7 @@ def test_stochastic_rounding_is_unbiased(codec: Codec) -> None:
 def test_softsign8_draws_with_the_exact_probability() -> None:
     codec = get_codec("softsign8")
     x = sample(codec, 1 << 16).abs().double()
-    codes, amax, k16 = encode_group(x, codec, G, rounding="stochastic", key=99, dtype=torch.float64)
+    codes, amax, _ = encode_group(x, codec, G, rounding="stochastic", key=99, dtype=torch.float64)
     # values of all codes in every group, by their definition
     number = torch.arange(128, dtype=torch.float64)
     value = number / (254 - number) * amax[:, None].double()

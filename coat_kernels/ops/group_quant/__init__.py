@@ -54,6 +54,8 @@ def check_quantize_group(x: Tensor, codec: str, group_size: int, signed: bool, r
     chosen = get_codec(codec)
     if not chosen.quantized:
         raise ValueError(f"codec {codec!r} stores values as they are: there is nothing to quantize; use e4m3, e5m2 or log8")
+    if chosen.blockwise:
+        raise ValueError(f"codec {codec!r} scales blocks, not groups: call quantize_blockwise, or use e4m3, e5m2 or log8 here")
     check_group_size(group_size)
     check_rounding(rounding)
     if x.dtype not in PARAM_DTYPES:
@@ -68,6 +70,8 @@ def check_dequantize_group(codes: Tensor, amax: Tensor, k16: Tensor, codec: str,
     chosen = get_codec(codec)
     if not chosen.quantized:
         raise ValueError(f"codec {codec!r} has no codes to decode; use e4m3, e5m2 or log8")
+    if chosen.blockwise:
+        raise ValueError(f"codec {codec!r} scales blocks, not groups: call dequantize_blockwise")
     check_group_size(group_size)
     if dtype not in PARAM_DTYPES:
         raise TypeError(f"cannot dequantize to {dtype}; choose float32, bfloat16 or float16")
