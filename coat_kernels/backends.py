@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -24,7 +26,13 @@ class OpSupport:
     cuda: str = "Triton"
 
 
-SUPPORT = (OpSupport("group_quant"), OpSupport("adamw_fp8"))
+SUPPORT = (
+    OpSupport("group_quant"),
+    OpSupport("adamw_fp8"),
+    OpSupport("blockwise_quant", cuda="CUDA"),
+    OpSupport("step_8bit", cuda="CUDA"),
+)
+_GPU_BACKEND = {row.op: row.cuda for row in SUPPORT}
 
 
 class BackendUnavailable(RuntimeError):
@@ -39,12 +47,26 @@ def _cpu_backend() -> str:
     return f"C++ ({native.isa()})" if native is not None else "reference (no C++ extension)"
 
 
-def _cuda_backend() -> str:
+def _no_triton() -> str | None:
+    return None if has_triton() else "triton is not installed: pip install triton"
+
+
+def _no_cuda_kernels() -> str | None:
+    if importlib.util.find_spec("coat_kernels._cuda") is None:
+        return "this version of the package has no CUDA kernels for it"
+    reason: str | None = importlib.import_module("coat_kernels._cuda").unavailable()
+    return reason
+
+
+#: Backend of a GPU -> why it cannot run here, with the way out, or None. Asked when an op is, not at import.
+_MISSING: dict[str, Callable[[], str | None]] = {"Triton": _no_triton, "CUDA": _no_cuda_kernels}
+
+
+def _cuda_backend(backend: str) -> str:
     if not torch.cuda.is_available():
         return "unavailable: no CUDA device"
-    if not has_triton():
-        return "unavailable: triton is not installed"
-    return "Triton"
+    missing = _MISSING[backend]()
+    return backend if missing is None else f"unavailable: {missing}"
 
 
 def backends() -> dict[str, dict[str, str]]:
@@ -53,20 +75,23 @@ def backends() -> dict[str, dict[str, str]]:
     Returns:
         {op: {"reference": ..., "cpu": ..., "cuda": ...}}; an entry that cannot run says why.
     """
-    return {row.op: {"reference": "PyTorch", "cpu": _cpu_backend(), "cuda": _cuda_backend()} for row in SUPPORT}
+    return {row.op: {"reference": "PyTorch", "cpu": _cpu_backend(), "cuda": _cuda_backend(row.cuda)} for row in SUPPORT}
 
 
 def require_backend(op: str, device: torch.device) -> str:
-    """The backend ("C++", "Triton" or "reference") that runs `op` on `device`.
+    """The backend ("C++", "Triton", "CUDA" or "reference") that runs `op` on `device`.
 
     Raises:
         BackendUnavailable: no kernel for this device, with the way out.
     """
     if device.type == "cpu":
         return "reference" if native is None else "C++"
-    if device.type == "cuda" and has_triton():
-        return "Triton"
-    missing = "triton is not installed: pip install triton" if device.type == "cuda" else "the package has kernels for cpu and cuda devices"
+    missing: str | None = "the package has kernels for cpu and cuda devices"
+    if device.type == "cuda":
+        backend = _GPU_BACKEND[op]
+        missing = _MISSING[backend]()
+        if missing is None:
+            return backend
     raise BackendUnavailable(
         f"{op} has no kernel for device {str(device)!r} ({missing}); "
         "`python -m coat_kernels` prints the table; the PyTorch reference runs anywhere with fused=False"

@@ -18,6 +18,7 @@ ROOT = Path(__file__).parent.parent
 FLOORS = {
     "coat_kernels.formats": 0,
     "coat_kernels._native": 0,
+    "coat_kernels._cuda": 0,
     "coat_kernels.backends": 1,
     "coat_kernels.ops": 2,
     "coat_kernels.config": 2,

@@ -7,11 +7,13 @@ Tests hold every kernel against these; where no kernel can be built they serve.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from .codecs import LOG2_SLACK_Q11, MAX_OCTAVES, NAN_CODE, Codec, num_groups
+from .codecs import LOG2_SLACK_Q11, MAX_OCTAVES, Codec, num_groups
+from .parameters import round_stochastic
 from .random import uniform8
 
 _INF_BITS = 0x7F800000
@@ -44,20 +46,43 @@ def group_metadata(x: Tensor, codec: Codec, group_size: int) -> tuple[Tensor, Te
     return max_bits.view(torch.float32), k16.to(torch.uint8)
 
 
+def pack_codes(codes: Tensor, codec: Codec) -> Tensor:
+    """Codes of single elements (integers, any shape) as stored: uint8 of `codec.codes_shape`."""
+    if codec.bits == 8:
+        return codes.to(torch.uint8)
+    flat = codes.reshape(-1).to(torch.uint8)
+    nibbles = flat.new_zeros(2 * num_groups(flat.numel(), 2))
+    nibbles[: flat.numel()] = flat
+    return nibbles[0::2] | (nibbles[1::2] << 4)
+
+
+def unpack_codes(stored: Tensor, codec: Codec, shape: Sequence[int] | None = None) -> Tensor:
+    """uint8 codes of single elements; inverse of `pack_codes`.
+
+    Args:
+        stored: uint8 of `codec.codes_shape(shape)`.
+        shape: of the tensor; None: that of `stored`, or flat with an even count of elements where codes share bytes.
+    """
+    if codec.bits == 4:
+        stored = torch.stack([stored.reshape(-1) & 15, stored.reshape(-1) >> 4], dim=1).view(-1)
+    return stored if shape is None else stored[: math.prod(shape)].view(shape) if codec.bits == 4 else stored.view(shape)
+
+
 def code_values(codec: Codec, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Tensor:
-    """[256] the number each FP8 code stands for (NaN and inf codes included)."""
-    code = torch.arange(256, device=device)
+    """[2^bits] the number each code of a small float stands for (NaN and inf codes included)."""
+    code = torch.arange(1 << codec.bits, device=device)
+    magnitude = code & (codec.sign_bit - 1)
     mantissa = (code & ((1 << codec.mantissa_bits) - 1)).to(dtype) / (1 << codec.mantissa_bits)
-    exponent = (code & 0x7F) >> codec.mantissa_bits
+    exponent = magnitude >> codec.mantissa_bits
     normal = torch.ldexp(1 + mantissa, exponent - codec.bias)
     subnormal = torch.ldexp(mantissa, torch.tensor(1 - codec.bias, device=device))
     value = torch.where(exponent > 0, normal, subnormal)
-    value = torch.where((code & 0x7F) > codec.max_code, torch.nan, value)
-    return torch.where(code >= 0x80, -value, value)
+    value = torch.where(magnitude > codec.max_code, torch.nan, value)
+    return torch.where(code >= codec.sign_bit, -value, value)
 
 
 def _round_to_code(magnitude: Tensor, codec: Codec) -> Tensor:
-    """int64 code of the nearest FP8 value to `magnitude` >= 0, ties to even, saturating."""
+    """int64 code of the nearest value to `magnitude` >= 0, ties to even, saturating."""
     magnitude = magnitude.clamp(max=codec.max)
     # the unit in the last place at this magnitude; rounding in units of it is rounding to the format
     exponent = (torch.frexp(magnitude).exponent - 1).clamp(min=1 - codec.bias)
@@ -88,39 +113,39 @@ def encode_group(
         dtype: float32, or float64 for exact logarithms.
 
     Returns:
-        codes uint8 of x's shape, amax float32 [n_groups], k16 uint8 [n_groups].
+        codes uint8 of `codec.codes_shape(x.shape)`, amax float32 [n_groups], k16 uint8 [n_groups].
     """
     x32 = x.to(torch.float32)
     amax, k16 = group_metadata(x32, codec, group_size)
     grouped = _groups(x32, group_size)
     finite = torch.isfinite(grouped)
     magnitude = torch.where(finite, grouped.abs(), 0).to(dtype)
-    top, meta = amax.to(dtype)[:, None], k16.to(dtype)[:, None]
     dither = None
     if rounding == "stochastic":
         dither = _groups(uniform8(key, x.numel(), x.device), group_size)
 
     if codec.name == "log8":
-        codes = _encode_log8(magnitude, top, meta, dither)
+        codes = _encode_log8(magnitude, amax.to(dtype)[:, None], k16.to(dtype)[:, None], dither)
         codes = torch.where(finite & (grouped > 0), codes, 0)
+    elif codec.name == "softsign8":
+        codes = _encode_softsign8(magnitude, amax.to(dtype)[:, None], dither)
+        codes = torch.where((magnitude > 0) & (not signed), codes.clamp(min=1), codes)
+        codes = torch.where(grouped < 0, -codes, codes) & 0xFF
     else:
-        if codec.expand:
-            y = meta / 16 * (torch.log2(magnitude) - torch.log2(top)) + math.log2(codec.max)
-            codes = _round_to_code(torch.exp2(torch.where(magnitude > 0, y, -torch.inf)), codec)
-        else:
-            scale = amax[:, None] / torch.full_like(amax, codec.max)[:, None]
-            quotient = torch.where(finite, grouped.abs(), 0) / torch.where(scale > 0, scale, 1)
-            codes = _round_to_code(quotient, codec)
-            codes = torch.where((scale == 0) & (magnitude > 0), 1, codes)
-        keep = codec.expand or not signed
-        if dither is not None:
-            codes = _dither_float8(codes, magnitude, amax, k16, codec, dither)
-        if keep:
+        codes = _encode_float(magnitude, amax, k16, codec, dither)
+        if codec.expand or not signed:
             codes = torch.where(magnitude > 0, codes.clamp(min=1), codes)
         negative = (grouped < 0) & (codes > 0)
-        codes = torch.where(finite, codes | torch.where(negative, 0x80, 0), NAN_CODE)
-    flat = codes.to(torch.uint8).reshape(-1)[: x.numel()]
-    return flat.view(x.shape), amax, k16
+        codes = codes | torch.where(negative, codec.sign_bit, 0)
+    codes = torch.where(finite, codes, codec.nan_code)
+    return pack_codes(codes.reshape(-1)[: x.numel()].view(x.shape), codec), amax, k16
+
+
+def round_bfloat16(x: Tensor, rounding: str = "nearest", key: int = 0) -> Tensor:
+    """What the `bfloat16` codec stores of float32 `x`: finite values stay finite. Arguments as in `encode_group`."""
+    largest = torch.finfo(torch.bfloat16).max
+    held = torch.where(torch.isfinite(x), x.clamp(-largest, largest), x)
+    return round_stochastic(held, torch.bfloat16, key) if rounding == "stochastic" else held.to(torch.bfloat16)
 
 
 def _encode_log8(magnitude: Tensor, amax: Tensor, j: Tensor, dither: Tensor | None) -> Tensor:
@@ -135,7 +160,31 @@ def _encode_log8(magnitude: Tensor, amax: Tensor, j: Tensor, dither: Tensor | No
     return (code + (dither < probability)).clamp(1, 255).to(torch.int64)
 
 
-def _dither_float8(codes: Tensor, magnitude: Tensor, amax: Tensor, k16: Tensor, codec: Codec, dither: Tensor) -> Tensor:
+def _encode_softsign8(magnitude: Tensor, amax: Tensor, dither: Tensor | None) -> Tensor:
+    z = magnitude / torch.where(amax > 0, amax, 1)
+    y = 254 * z / (1 + z)
+    if dither is None:
+        return torch.round(y).to(torch.int64)
+    code = torch.floor(y)
+    probability = (y - code) * (253 - code) * (1 + z) / 254
+    return (code + (dither < probability)).to(torch.int64)
+
+
+def _encode_float(magnitude: Tensor, amax: Tensor, k16: Tensor, codec: Codec, dither: Tensor | None) -> Tensor:
+    """Codes of small floats without their sign."""
+    if codec.expand:
+        ratio = torch.log2(magnitude) - torch.log2(amax.to(magnitude.dtype))[:, None]
+        y = k16.to(magnitude.dtype)[:, None] / 16 * ratio + math.log2(codec.max)
+        codes = _round_to_code(torch.exp2(torch.where(magnitude > 0, y, -torch.inf)), codec)
+    else:
+        scale = amax[:, None] / torch.full_like(amax, codec.max)[:, None]
+        quotient = magnitude.to(torch.float32) / torch.where(scale > 0, scale, 1)
+        codes = _round_to_code(quotient, codec)
+        codes = torch.where((scale == 0) & (magnitude > 0), 1, codes)
+    return codes if dither is None else _dither_float(codes, magnitude, amax, k16, codec, dither)
+
+
+def _dither_float(codes: Tensor, magnitude: Tensor, amax: Tensor, k16: Tensor, codec: Codec, dither: Tensor) -> Tensor:
     """Stochastic rounding in the linear domain, from the nearest codes."""
 
     def decoded(code: Tensor) -> Tensor:
@@ -154,6 +203,9 @@ def _decode_groups(codes: Tensor, amax: Tensor, k16: Tensor, codec: Codec, dtype
     if codec.name == "log8":
         half = torch.exp2((codes.to(dtype) - 255) * meta / 500)
         return torch.where(codes > 0, (top * half) * half, 0)
+    if codec.name == "softsign8":
+        number = torch.where(codes >= 128, codes.to(dtype) - 256, codes.to(dtype))
+        return number / (254 - number.abs()) * top
     value = code_values(codec, dtype, codes.device)[codes.to(torch.int64)]
     if not codec.expand:
         scale = amax / torch.full_like(amax, codec.max)
@@ -163,7 +215,22 @@ def _decode_groups(codes: Tensor, amax: Tensor, k16: Tensor, codec: Codec, dtype
     return torch.where(value == 0, 0, torch.copysign(decoded, value))
 
 
-def decode_group(codes: Tensor, amax: Tensor, k16: Tensor, codec: Codec, group_size: int, *, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Values of `codes` (uint8, any shape) as `dtype`; inverse of `encode_group`."""
-    grouped = _groups(codes, group_size)
-    return _decode_groups(grouped, amax, k16, codec, dtype).reshape(-1)[: codes.numel()].view(codes.shape)
+def decode_group(
+    codes: Tensor,
+    amax: Tensor,
+    k16: Tensor,
+    codec: Codec,
+    group_size: int,
+    *,
+    shape: Sequence[int] | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """Values of `codes` as `dtype`; inverse of `encode_group`.
+
+    Args:
+        codes: uint8 of `codec.codes_shape(shape)`.
+        shape: of the tensor; None: that of `codes`, or flat with an even count of elements where codes share bytes.
+    """
+    elements = unpack_codes(codes, codec, shape)
+    values = _decode_groups(_groups(elements, group_size), amax, k16, codec, dtype)
+    return values.reshape(-1)[: elements.numel()].view(elements.shape)

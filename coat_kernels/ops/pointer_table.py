@@ -12,8 +12,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-#: Column order is a contract with csrc/cpu/adamw_fp8.cpp and ops/adamw_fp8/triton.py.
-COLUMNS = ("param", "grad", "exp_avg", "exp_avg_sq", "amax", "k16", "residual", "step", "numel", "index")
 _data_ptr = Tensor.data_ptr
 
 
@@ -22,10 +20,11 @@ def addresses(tensors: Sequence[Tensor]) -> list[int]:
 
 
 class PointerTable:
-    """int64 [n_tensors, 10] of addresses and sizes, one row a tensor.
+    """int64 [n_tensors, n_columns] of addresses and sizes, one row a tensor.
 
     Args:
-        columns: a list of length n_tensors for each name in `COLUMNS`; the table keeps no tensor alive.
+        columns: name -> list of length n_tensors, `param` and `grad` among them. Their order is a contract with the kernels that
+            read the table. It keeps no tensor alive.
         device: where the kernels run.
     """
 
@@ -34,9 +33,10 @@ class PointerTable:
         self._addresses = {name: columns[name] for name in ("param", "grad")}
         self.rows = len(columns["param"])
         # `torch.tensor` of a list of 1,000 rows costs 1 to 2 ms; filling numpy columns costs 13 us each.
-        self.host = torch.empty(self.rows, len(COLUMNS), dtype=torch.int64)
+        self.host = torch.empty(self.rows, len(columns), dtype=torch.int64)
         self._numpy = self.host.numpy()
-        for position, name in enumerate(COLUMNS):
+        self._positions = {name: position for position, name in enumerate(columns)}
+        for name, position in self._positions.items():
             self._numpy[:, position] = columns[name]
         self._uploaded: Tensor | None = None
         self._in_flight: deque[tuple[torch.cuda.Event, Tensor]] = deque()
@@ -55,7 +55,7 @@ class PointerTable:
         if new == self._addresses[name]:
             return False
         self._addresses[name] = new
-        self._numpy[:, COLUMNS.index(name)] = new
+        self._numpy[:, self._positions[name]] = new
         self._uploaded = None
         return True
 

@@ -1,7 +1,7 @@
 """The machinery under every optimizer of the package: validation, state, launches, reports.
 
-A concrete optimizer says how a parameter's state is stored (`_state_format`) and what the step's numbers are
-(`_hyperparameters`); its file stays short.
+A concrete optimizer names the fused step it launches (`_bucket_type`), how a parameter's state is stored (`_state_format`) and
+what the step's numbers are (`_hyperparameters`); its file stays short.
 """
 
 from __future__ import annotations
@@ -10,17 +10,18 @@ from abc import abstractmethod
 from collections import defaultdict
 from collections.abc import Callable
 from itertools import count
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 from ..formats.parameters import PARAM_DTYPES
-from ..ops.adamw_fp8 import Hyperparameters, StateFormat
+from ..ops.bucket import Bucket
+from ..ops.state import StepFormat
 from . import _state_dict
 from ._plan import Launch, Plan, build_launch, gradients, is_dtensor, local
-from ._states import MOMENTS, allocate, moment_codecs
+from ._states import allocate
 
 #: Refuses a step under graph capture with capturable=False; torch renamed it after 2.10.
 _graph_health_check = getattr(Optimizer, "_accelerator_graph_capture_health_check", None) or Optimizer._cuda_graph_capture_health_check
@@ -32,17 +33,26 @@ class LowBitOptimizer(Optimizer):
     #: GradScaler hands over `grad_scale` and `found_inf` instead of unscaling and synchronising itself.
     _step_supports_amp_scaling = True
 
+    #: Attributes that a pickled or copied optimizer keeps.
+    _settings: ClassVar[tuple[str, ...]] = ()
+    #: The fused step.
+    _bucket_type: ClassVar[type[Bucket]]
+
     def __init__(self, params: Any, defaults: dict[str, Any]) -> None:
         self._plans: dict[Any, Plan] = {}
         super().__init__(params, defaults)
 
     @abstractmethod
-    def _state_format(self, param: Tensor) -> StateFormat:
-        """How this parameter's state is stored."""
+    def _state_format(self, param: Tensor, step: int = 0) -> Any:
+        """How this parameter's state is stored (a `StepFormat`) after `step` steps; most formats do not depend on the count."""
 
     @abstractmethod
-    def _hyperparameters(self, group: dict[str, Any]) -> Hyperparameters:
-        """The numbers of one step of a param group."""
+    def _hyperparameters(self, group: dict[str, Any], grads: list[Any]) -> Any:
+        """The numbers of one step of a param group; `grads` are the gradients of its parameters (None where there is none)."""
+
+    def _phase(self, params: list[Tensor]) -> Any:
+        """What formats and launches depend on beside the parameters; a change makes new launches before the next step."""
+        return None
 
     # ---- parameters and groups
 
@@ -73,7 +83,7 @@ class LowBitOptimizer(Optimizer):
             self._state_format(param)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_plans": {}}
+        return {**super().__getstate__(), "_plans": {}, **{name: getattr(self, name) for name in self._settings}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -116,9 +126,9 @@ class LowBitOptimizer(Optimizer):
     def _run(self, key: Any, group: dict[str, Any], params: list[Tensor]) -> None:
         grads = gradients(params)
         plan = self._plans.get(key)
-        if plan is None or not plan.prepare(params, grads):
+        if plan is None or not plan.prepare(params, grads, self._phase(params)):
             plan = self._plans[key] = self._build_plan(group, params, grads)
-        plan.run(params, grads, self._hyperparameters(group))
+        plan.run(params, grads, self._hyperparameters(group, grads))
 
     def _build_plan(self, group: dict[str, Any], params: list[Tensor], grads: list[Any]) -> Plan:
         use_reference = group["fused"] is False or (group["fused"] is None and group["foreach"] is False)
@@ -129,13 +139,15 @@ class LowBitOptimizer(Optimizer):
                 continue
             self._check_gradient(param, grad, group)
             staged = is_dtensor(param) or not param.is_contiguous() or not grad.is_contiguous()
-            buckets[(param.device, param.dtype, grad.dtype, self._state_format(param), staged)].append(position)
+            fmt = self._state_format(param, self._step_count(param))
+            buckets[(param.device, param.dtype, grad.dtype, fmt, staged)].append(position)
         launches: list[Launch] = []
         for (device, _, _, fmt, staged), positions in buckets.items():
             own = [params[i] for i in positions]
             self._ensure_states(own, fmt, device)
             launches.append(
                 build_launch(
+                    self._bucket_type,
                     params,
                     grads,
                     positions,
@@ -146,7 +158,7 @@ class LowBitOptimizer(Optimizer):
                     use_reference=use_reference,
                 )
             )
-        return Plan(params, grads, launches)
+        return Plan(params, grads, launches, self._phase(params))
 
     def _check_gradient(self, param: Tensor, grad: Tensor, group: dict[str, Any]) -> None:
         name = type(self).__name__
@@ -157,13 +169,18 @@ class LowBitOptimizer(Optimizer):
         if group["capturable"] and param.device.type != "cuda":
             raise RuntimeError(f"capturable=True needs parameters on a CUDA device, got {param.device}; leave capturable=False")
 
-    def _ensure_states(self, params: list[Tensor], fmt: StateFormat, device: torch.device) -> None:
+    def _step_count(self, param: Tensor) -> int:
+        """Steps that a parameter has taken; 0 for formats that do not depend on it, whose counts live on the device."""
+        return 0
+
+    def _ensure_states(self, params: list[Tensor], fmt: StepFormat, device: torch.device) -> None:
         fresh = [p for p in params if "step" not in self.state[p]]
         for param, state in zip(fresh, allocate([local(p).shape for p in fresh], fmt, device), strict=True):
             self.state[param].update(state)
+        on_host = {*fmt.host_scalars, "step"} if fmt.steps_on_host else set(fmt.host_scalars)
         for param in params:
             for key, value in self.state[param].items():
-                if isinstance(value, Tensor) and value.device != device:
+                if isinstance(value, Tensor) and value.device != device and key not in on_host:
                     raise ValueError(
                         f"state {key!r} is on {value.device} and its parameter on {device}; move both, or move the model before making "
                         "the optimizer and load the state dict afterwards"
@@ -184,16 +201,15 @@ class LowBitOptimizer(Optimizer):
         return _state_dict.save(self, super().state_dict())
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load what `state_dict` or `torch.optim.AdamW.state_dict` returned; nothing changes if it cannot be read.
+        """Load what `state_dict` returned; nothing changes if it cannot be read.
+
+        Codes of this optimizer's own codec and group size are copied byte for byte; others are converted, with a `CoatWarning`.
+        The dictionaries of `torch.optim` (float32 states) and bitsandbytes (8-bit) load too where their states have the same names.
 
         Raises:
-            ValueError: a foreign or truncated dictionary, an unknown version, another codec or group size, a wrong shape.
+            ValueError: a foreign or truncated dictionary, an unknown version or map, a wrong shape.
         """
         _state_dict.load(self, state_dict)
-
-    def export_adamw_state_dict(self) -> dict[str, Any]:
-        """The state decoded to float32, as a dictionary that `torch.optim.AdamW.load_state_dict` reads."""
-        return _state_dict.export_adamw(self)
 
     # ---- report
 
@@ -201,19 +217,19 @@ class LowBitOptimizer(Optimizer):
         """What the states take now.
 
         Returns:
-            `parameters` (elements with state), `quantized_parameters`, `quantized_share`, `state_bytes` (moments, metadata and
-            residuals, without step counts), `state_bytes_per_parameter`, `adamw_float32_bytes` (8 a parameter) and `saving`
+            `parameters` (elements with state), `quantized_parameters`, `quantized_share`, `state_bytes` (all arrays, without step
+            counts), `state_bytes_per_parameter`, `adamw_float32_bytes` (8 a parameter) and `saving`
             (the share of those that is saved).
         """
         parameters = quantized = total = 0
         for param, state in self.state.items():
             if "step" not in state:
                 continue
-            fmt = self._state_format(param)
+            fmt = self._state_format(param, self._step_count(param))
             held = local(param).numel()
             parameters += held
-            quantized += held if all(codec.quantized for _, codec in moment_codecs(fmt)) else 0
-            total += sum(value.nbytes for key, value in state.items() if key.startswith(MOMENTS) or key == "residual")
+            quantized += held if all(moment.codec.quantized for moment in fmt.moments) else 0
+            total += sum(value.nbytes for key, value in state.items() if key not in ("step", *fmt.host_scalars))
         return {
             "parameters": parameters,
             "quantized_parameters": quantized,

@@ -7,11 +7,9 @@ from dataclasses import dataclass
 from operator import attrgetter, is_
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from ..ops.adamw_fp8 import Bucket, BucketState, Hyperparameters, StateFormat
-from ._states import interleaved
+from ..ops.bucket import Bucket
 
 # `map` over these costs half of a loop: reading 1,000 gradients takes 70 us.
 _get_grad, _get_dtype = attrgetter("grad"), attrgetter("dtype")
@@ -54,18 +52,19 @@ class Launch:
     staged: bool
 
     def __post_init__(self) -> None:
-        self._tracked = [state["exp_avg"] for state in self.states]
+        self._key = self.bucket.fmt.moments[0].name
+        self._tracked = [state[self._key] for state in self.states]
 
     @property
     def states_moved(self) -> bool:
         """Whether someone replaced state tensors (offloading does), so that the table's addresses are stale."""
-        return not all(map(is_, [state["exp_avg"] for state in self.states], self._tracked))
+        return not all(map(is_, [state[self._key] for state in self.states], self._tracked))
 
     def pick(self, tensors: list[Any]) -> list[Any]:
         """The launch's own among its group's parameters or gradients."""
         return tensors if len(tensors) == len(self.positions) else [tensors[i] for i in self.positions]
 
-    def run(self, params: list[Tensor], grads: list[Any], hyper: Hyperparameters) -> None:
+    def run(self, params: list[Tensor], grads: list[Any], hyper: Any) -> None:
         own_grads = self.pick(grads)
         if not self.staged:
             self.bucket.step(hyper, own_grads)
@@ -87,15 +86,21 @@ class Plan:
     Gradients are known by identity and address alone: holding them would keep their memory through the next forward pass.
     """
 
-    def __init__(self, params: list[Tensor], grads: list[Any], launches: list[Launch]) -> None:
+    def __init__(self, params: list[Tensor], grads: list[Any], launches: list[Launch], phase: Any) -> None:
         self.launches = launches
+        self._phase = phase
         self._param_addresses = list(map(Tensor.data_ptr, params))
         self._grad_ids = list(map(id, grads))
         self._present = [g is not None for g in grads]
         self._signatures = [_signature(launch.pick(grads)) for launch in launches]
 
-    def prepare(self, params: list[Tensor], grads: list[Any]) -> bool:
-        """Point the launches at these gradients; False if new launches must be made."""
+    def prepare(self, params: list[Tensor], grads: list[Any], phase: Any) -> bool:
+        """Point the launches at these gradients; False if new launches must be made.
+
+        `phase` is what the optimizer's formats depend on beside the parameters; launches of another phase do not serve.
+        """
+        if phase != self._phase:
+            return False
         if len(params) != len(self._param_addresses) or list(map(Tensor.data_ptr, params)) != self._param_addresses:
             return False
         if any(launch.states_moved for launch in self.launches):
@@ -115,33 +120,25 @@ class Plan:
         self._grad_ids = ids
         return True
 
-    def run(self, params: list[Tensor], grads: list[Any], hyper: Hyperparameters) -> None:
+    def run(self, params: list[Tensor], grads: list[Any], hyper: Any) -> None:
         for launch in self.launches:
             launch.run(params, grads, hyper)
 
 
 def build_launch(
+    bucket_type: type[Bucket],
     params: Sequence[Tensor],
     grads: Sequence[Any],
     positions: list[int],
     states: list[dict[str, Tensor]],
     indices: list[int],
-    fmt: StateFormat,
+    fmt: Any,
     *,
     staged: bool,
     use_reference: bool,
 ) -> Launch:
     """A launch of the tensors at `positions`, which share device, dtypes and format."""
-    empty = torch.empty(0)
-    bucket_state = BucketState(
-        exp_avgs=[s["exp_avg"] for s in states],
-        exp_avg_sqs=[s["exp_avg_sq"] for s in states],
-        amaxs=[interleaved(s, "amax", fmt) if fmt.quantized else empty for s in states],
-        k16s=[interleaved(s, "k16", fmt) if fmt.quantized else empty for s in states],
-        residuals=[s["residual"] for s in states] if fmt.param_rounding == "split" else [],
-        steps=[s["step"] for s in states],
-        indices=indices,
-    )
     own_params = [local(params[i]).contiguous() for i in positions]
     own_grads = [local(grads[i]).contiguous() for i in positions]
-    return Launch(Bucket(own_params, own_grads, bucket_state, fmt, use_reference=use_reference), positions, states, staged)
+    bucket = bucket_type(own_params, own_grads, states, indices, fmt, use_reference=use_reference)
+    return Launch(bucket, positions, states, staged)

@@ -1,4 +1,4 @@
-"""State dictionaries: byte-exact saving and loading, import from and export to `torch.optim.AdamW`.
+"""State dictionaries: byte-exact saving and loading, conversion between formats, import from other libraries.
 
 `Optimizer.load_state_dict` casts every state tensor to its parameter's dtype, which would destroy codes; so loading is done here.
 Everything is read and checked before the optimizer is touched.
@@ -6,8 +6,10 @@ Everything is read and checked before the optimizer is touched.
 
 from __future__ import annotations
 
-from collections import defaultdict
+import warnings
+from collections import Counter, defaultdict
 from copy import deepcopy
+from dataclasses import replace
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
@@ -15,11 +17,12 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from ..formats import get_codec, num_groups
-from ..formats.codecs import Codec
-from ..ops.adamw_fp8 import StateFormat
+from .._native import CoatWarning
+from ..formats import get_codec
+from ..ops.state import Moment, StepFormat
+from . import _bitsandbytes
 from ._plan import is_dtensor, local
-from ._states import allocate, moment_codecs
+from ._states import allocate
 
 if TYPE_CHECKING:
     from ._base import LowBitOptimizer
@@ -66,10 +69,9 @@ def _own(value: Any) -> Any:
 
 def _describe(optimizer: LowBitOptimizer, group: dict[str, Any]) -> dict[str, Any]:
     described: dict[str, Any] = {"version": VERSION, "optimizer": type(optimizer).__name__}
-    formats = [fmt for fmt in map(optimizer._state_format, group["params"]) if fmt.quantized]
-    if formats:
-        described |= {name: codec.name for name, codec in moment_codecs(formats[0])} | {"group_size": formats[0].group_size}
-    return described
+    formats = (optimizer._state_format(param, optimizer._step_count(param)) for param in group["params"])
+    quantized = next((fmt for fmt in formats if fmt.quantized), None)
+    return described if quantized is None else described | quantized.describe()
 
 
 def export_adamw(optimizer: LowBitOptimizer) -> dict[str, Any]:
@@ -78,8 +80,8 @@ def export_adamw(optimizer: LowBitOptimizer) -> dict[str, Any]:
     params = list(chain.from_iterable(group["params"] for group in optimizer.param_groups))
     states: dict[Any, Any] = {}
     for number, state in packed["state"].items():
-        fmt = optimizer._state_format(params[number])
-        moments = {name: _decode(state, name, codec, fmt.group_size) for name, codec in moment_codecs(fmt)}
+        fmt = optimizer._state_format(params[number], optimizer._step_count(params[number]))
+        moments = {moment.name: moment.decode(state, local(params[number]).shape).clone() for moment in fmt.moments}
         states[number] = {"step": state["step"].clone(), **moments}
     groups = []
     for group in packed["param_groups"]:
@@ -95,6 +97,7 @@ def load(optimizer: LowBitOptimizer, state_dict: dict[str, Any]) -> None:
     for hook in optimizer._optimizer_load_state_dict_pre_hooks.values():
         state_dict = hook(optimizer, state_dict) or state_dict
     _check_structure(optimizer, state_dict)
+    state_dict = _bitsandbytes.translate(state_dict)
 
     saved_groups = state_dict["param_groups"]
     owners = {
@@ -105,12 +108,17 @@ def load(optimizer: LowBitOptimizer, state_dict: dict[str, Any]) -> None:
     orphans = [number for number in state_dict["state"] if number not in owners]
     if orphans:
         raise ValueError(f"state of parameters {orphans[:5]} belongs to none of the param groups; the state dict is truncated or foreign")
+    converted: Counter[str] = Counter()
     states = {
-        owners[number][0]: _read_state(optimizer, number, saved, *owners[number]) for number, saved in state_dict["state"].items() if saved
+        owners[number][0]: _read_state(optimizer, number, saved, *owners[number], converted)
+        for number, saved in state_dict["state"].items()
+        if saved
     }
     groups = [_read_group(live, saved) for live, saved in zip(optimizer.param_groups, saved_groups, strict=True)]
 
     optimizer.__setstate__({"state": defaultdict(dict, states), "param_groups": groups})
+    for change, count in converted.items():
+        warnings.warn(f"the loaded state was converted, {change}, in {count} arrays; values moved by rounding", CoatWarning, stacklevel=3)
     for post_hook in optimizer._optimizer_load_state_dict_post_hooks.values():
         post_hook(optimizer)
 
@@ -151,69 +159,83 @@ def _read_group(live: dict[str, Any], saved: dict[str, Any]) -> dict[str, Any]:
 
 
 def _read_state(
-    optimizer: LowBitOptimizer, number: Any, saved: dict[str, Any], param: Tensor, saved_group: dict[str, Any]
+    optimizer: LowBitOptimizer, number: Any, saved: dict[str, Any], param: Tensor, saved_group: dict[str, Any], converted: Counter[str]
 ) -> dict[str, Tensor]:
-    """A fresh state of `param` filled from what was saved for parameter `number`."""
+    """A fresh state of `param` filled from what was saved for parameter `number`; conversions are counted in `converted`."""
     if "max_exp_avg_sq" in saved:
         name = type(optimizer).__name__
         raise ValueError(f"parameter {number} has an amsgrad maximum, which {name} does not support; resume it with torch.optim.AdamW")
-    fmt = optimizer._state_format(param)
+    step = torch.as_tensor(_entry(saved, "step", number), dtype=torch.float32)
+    fmt = optimizer._state_format(param, int(step))
     target = local(param)
     (state,) = allocate([target.shape], fmt, target.device)
-    state["step"].copy_(torch.as_tensor(_entry(saved, "step", number), dtype=torch.float32))
+    state["step"].copy_(step)
     described = saved_group.get(FORMAT_KEY) or {}
-    for name, codec in moment_codecs(fmt):
-        value = _entry(saved, name, number)
-        if tuple(value.shape) != tuple(target.shape):
-            raise ValueError(f"{name} of parameter {number} has shape {tuple(value.shape)}; the parameter has {tuple(target.shape)}")
-        if f"{name}_amax" in saved:
-            _read_codes(state, saved, name, number, codec, fmt, described)
-        elif not value.is_floating_point():
-            raise ValueError(f"{name} of parameter {number} is {value.dtype} without {name}_amax; it is truncated, or of another library")
-        elif codec.quantized:
-            encoded = torch.ops.coat_kernels.quantize_group(
-                value.to(target.device, torch.float32), codec.name, fmt.group_size, name == "exp_avg", "nearest", 0
-            )
-            for suffix, part in zip(("", "_amax", "_k16"), encoded, strict=True):
-                state[name + suffix].copy_(part)
+    names = {"step", "residual"}
+    for moment in fmt.moments:
+        stored = _stored_as(moment, saved, number, described)
+        _check_parts(stored, saved, number, target.shape)
+        names |= {moment.name + suffix for suffix in (*moment.parts(target.shape), *stored.parts(target.shape))}
+        if stored == moment:
+            arrays = {suffix: saved[moment.name + suffix] for suffix in moment.parts(target.shape)}
         else:
-            state[name].copy_(value)
+            value = stored.decode({k: v.to(target.device) for k, v in saved.items() if isinstance(v, Tensor)}, target.shape)
+            arrays = moment.encode(value)
+            if stored.codec.quantized and moment.codec.quantized:
+                converted[f"{moment.name} from {_words(stored)} to {_words(moment)}"] += 1
+        for suffix, array in arrays.items():
+            state[moment.name + suffix].copy_(array)
+    for name in state.keys() - names:
+        value = torch.as_tensor(_entry(saved, name, number))
+        if tuple(value.shape) != tuple(state[name].shape):
+            raise ValueError(f"{name} of parameter {number} has shape {tuple(value.shape)}; {tuple(state[name].shape)} is needed")
+        state[name].copy_(value)
+    unknown = saved.keys() - state.keys() - names
+    if unknown:
+        raise ValueError(
+            f"state of parameter {number} holds {sorted(map(str, unknown))}, which {type(optimizer).__name__} does not keep; "
+            "load it into the optimizer that saved it"
+        )
     _read_residual(state, saved, number, fmt)
     return state
 
 
-def _read_codes(
-    state: dict[str, Tensor], saved: dict[str, Any], name: str, number: Any, codec: Codec, fmt: StateFormat, described: dict[str, Any]
-) -> None:
-    """Copy codes byte for byte; where the optimizer keeps this tensor in float32, decode them."""
-    want = {name: codec.name if codec.quantized else described.get(name), "group_size": fmt.group_size}
-    got = {key: described.get(key) for key in want}
-    if got != want or not described:
-        raise ValueError(
-            f"parameter {number} was saved as {got}, the optimizer keeps {want}; "
-            "make the optimizer with the fp8_config it was saved with (m1_format, m2_format, use_dynamic_range_expansion, block_size)"
-        )
-    groups = num_groups(saved[name].numel(), fmt.group_size)
-    parts = {"": (torch.uint8, tuple(saved[name].shape)), "_amax": (torch.float32, (groups,)), "_k16": (torch.uint8, (groups,))}
-    for suffix, (dtype, shape) in parts.items():
-        part = _entry(saved, name + suffix, number)
-        if part.dtype != dtype or tuple(part.shape) != shape:
+def _words(moment: Moment) -> str:
+    return f"{moment.codec.name} in groups of {moment.group_size}" if moment.codec.quantized else moment.codec.name
+
+
+def _stored_as(moment: Moment, saved: dict[str, Any], number: Any, described: dict[str, Any]) -> Moment:
+    """The moment as the dictionary holds it: perhaps in another codec or group size, perhaps in floats."""
+    value = _entry(saved, moment.name, number)
+    if any(f"{moment.name}{suffix}" in saved for suffix in ("_amax", "_absmax")):
+        name, group_size = described.get(moment.name), described.get("group_size")
+        if name is None or group_size is None:
             raise ValueError(
-                f"{name + suffix} of parameter {number} is {part.dtype} of shape {tuple(part.shape)}; {dtype} of shape {shape} is needed: "
-                "it is truncated, or was cast on the way"
+                f"parameter {number} holds codes, and its param group does not say of which codec; the state dict is truncated"
             )
-    if groups and int(saved[f"{name}_k16"].min()) == 0:
-        raise ValueError(f"{name}_k16 of parameter {number} holds a 0, which no encoder writes; the state dict is damaged")
-    if codec.quantized:
-        for suffix in parts:
-            state[name + suffix].copy_(saved[name + suffix])
-    else:
-        state[name].copy_(_decode(saved, name, get_codec(described[name]), fmt.group_size))
+        return replace(moment, codec=get_codec(name), group_size=group_size)
+    if not value.is_floating_point():
+        raise ValueError(f"{moment.name} of parameter {number} is {value.dtype} without its scales; it is truncated, or of another library")
+    return moment if value.dtype == moment.codec.array_dtype else replace(moment, codec=get_codec("float32"))
 
 
-def _read_residual(state: dict[str, Tensor], saved: dict[str, Any], number: Any, fmt: StateFormat) -> None:
+def _check_parts(stored: Moment, saved: dict[str, Any], number: Any, shape: torch.Size) -> None:
+    for suffix, (dtype, want) in stored.parts(shape).items():
+        part = _entry(saved, stored.name + suffix, number)
+        if tuple(part.shape) != want:
+            raise ValueError(
+                f"{stored.name + suffix} of parameter {number} has shape {tuple(part.shape)}; {want} is needed for a parameter of shape "
+                f"{tuple(shape)}: it is truncated, or another parameter's"
+            )
+        if stored.codec.quantized and part.dtype != dtype:
+            raise ValueError(f"{stored.name + suffix} of parameter {number} is {part.dtype}; {dtype} is needed: it was cast on the way")
+        if suffix == "_k16" and part.numel() and int(part.min()) == 0:
+            raise ValueError(f"{stored.name}_k16 of parameter {number} holds a 0, which no encoder writes; the state dict is damaged")
+
+
+def _read_residual(state: dict[str, Tensor], saved: dict[str, Any], number: Any, fmt: StepFormat) -> None:
     residual = saved.get("residual")
-    if fmt.param_rounding != "split":
+    if "residual" not in state:
         if residual is not None:
             raise ValueError(
                 f"parameter {number} was saved with param_rounding='split'; make the optimizer with it, or its low 8 bits are lost"
@@ -235,12 +257,3 @@ def _entry(saved: dict[str, Any], key: str, number: Any) -> Any:
             f"state of parameter {number} has no {key!r}, only {sorted(map(str, saved))}; it is truncated, or saved neither by this "
             "optimizer nor by torch.optim.AdamW"
         ) from None
-
-
-def _decode(state: dict[str, Any], name: str, codec: Codec, group_size: int) -> Tensor:
-    """A moment in float32."""
-    if not codec.quantized:
-        return state[name].to(torch.float32, copy=True)
-    return torch.ops.coat_kernels.dequantize_group(
-        state[name], state[f"{name}_amax"], state[f"{name}_k16"], codec.name, group_size, torch.float32
-    )

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..config import FP8QuantizationConfig
 from ..formats import get_codec
-from ..formats.parameters import check_param_rounding
-from ..ops.adamw_fp8 import Hyperparameters, StateFormat, storage_rounding
-from ._base import LowBitOptimizer
+from ..ops.adamw_fp8 import AdamWFP8Bucket, Hyperparameters, StateFormat, storage_rounding
+from ._adam import LowBitAdamW
 
 
-class FP8AdamW(LowBitOptimizer):
+class FP8AdamW(LowBitAdamW):
     r"""`torch.optim.AdamW` with its two moments in one byte each and five bytes of metadata a group.
 
     .. math::
@@ -43,6 +41,9 @@ class FP8AdamW(LowBitOptimizer):
         ValueError, TypeError, RuntimeError: at construction or at the first step, for what is not supported.
     """
 
+    _bucket_type = AdamWFP8Bucket
+    _settings = (*LowBitAdamW._settings, "fp8_config")
+
     def __init__(
         self,
         params: Any,
@@ -62,34 +63,27 @@ class FP8AdamW(LowBitOptimizer):
         capturable: bool = False,
         differentiable: bool = False,
     ) -> None:
-        _check_numbers(lr, betas, eps, weight_decay, foreach=foreach, capturable=capturable)
         if fp8_config is not None and not isinstance(fp8_config, FP8QuantizationConfig):
             raise TypeError(f"fp8_config must be an FP8QuantizationConfig, got {type(fp8_config).__name__}")
-        if not isinstance(min_quant_numel, int) or min_quant_numel < 0:
-            raise ValueError(f"min_quant_numel must be an integer of 0 or more, got {min_quant_numel!r}")
         self.fp8_config = fp8_config or FP8QuantizationConfig()
-        self.param_rounding = check_param_rounding(param_rounding)
-        self.min_quant_numel = min_quant_numel
-        self.seed = seed
-        defaults = {
-            "lr": lr,
-            "betas": tuple(betas),
-            "eps": eps,
-            "weight_decay": weight_decay,
-            "amsgrad": amsgrad,
-            "maximize": maximize,
-            "foreach": foreach,
-            "capturable": capturable,
-            "differentiable": differentiable,
-            "fused": fused,
-        }
-        super().__init__(params, defaults)
+        super().__init__(
+            params,
+            lr,
+            betas,
+            eps,
+            weight_decay,
+            param_rounding=param_rounding,
+            min_quant_numel=min_quant_numel,
+            seed=seed,
+            maximize=maximize,
+            amsgrad=amsgrad,
+            foreach=foreach,
+            fused=fused,
+            capturable=capturable,
+            differentiable=differentiable,
+        )
 
-    def __getstate__(self) -> dict[str, Any]:
-        own = ("fp8_config", "param_rounding", "min_quant_numel", "seed")
-        return {**super().__getstate__(), **{name: getattr(self, name) for name in own}}
-
-    def _state_format(self, param: Tensor) -> StateFormat:
+    def _state_format(self, param: Tensor, step: int = 0) -> StateFormat:
         config = self.fp8_config
         quantized = param.numel() >= self.min_quant_numel
         plain = get_codec("float32")
@@ -103,7 +97,7 @@ class FP8AdamW(LowBitOptimizer):
             seed=self.seed,
         )
 
-    def _hyperparameters(self, group: dict[str, Any]) -> Hyperparameters:
+    def _hyperparameters(self, group: dict[str, Any], grads: list[Any]) -> Hyperparameters:
         beta1, beta2 = group["betas"]
         return Hyperparameters(
             lr=group["lr"],
@@ -115,31 +109,3 @@ class FP8AdamW(LowBitOptimizer):
             grad_scale=getattr(self, "grad_scale", None),
             found_inf=getattr(self, "found_inf", None),
         )
-
-
-def _check_numbers(
-    lr: float | Tensor, betas: tuple[float, float], eps: float, weight_decay: float, *, foreach: bool | None, capturable: bool
-) -> None:
-    """torch.optim.AdamW's checks, with its messages."""
-    if isinstance(lr, Tensor):
-        if foreach and not capturable:
-            raise ValueError("lr as a Tensor is not supported for capturable=False and foreach=True; leave foreach at None")
-        if lr.numel() != 1:
-            raise ValueError(f"Tensor lr must be 1-element, got shape {tuple(lr.shape)}")
-    if not 0.0 <= lr:
-        raise ValueError(f"Invalid learning rate: {lr}; it must be 0 or more")
-    if not 0.0 <= eps:
-        raise ValueError(f"Invalid epsilon value: {eps}; it must be 0 or more")
-    if len(betas) != 2:
-        raise ValueError(f"betas must be two numbers, got {betas!r}")
-    for i, beta in enumerate(betas):
-        if not 0.0 <= beta < 1.0:
-            raise ValueError(f"Invalid beta parameter at index {i}: {beta}; it must be in [0, 1)")
-    tensors = [isinstance(beta, torch.Tensor) for beta in betas]
-    if any(tensors) and not all(tensors):
-        raise ValueError(f"betas must be either both floats or both Tensors, got {betas!r}")
-    if any(tensors):
-        where = "capturable=False and foreach=True" if foreach and not capturable else "FP8AdamW"
-        raise ValueError(f"betas[0] as a Tensor is not supported for {where}: the kernels take betas as numbers; pass floats")
-    if not 0.0 <= weight_decay:
-        raise ValueError(f"Invalid weight_decay value: {weight_decay}; it must be 0 or more")

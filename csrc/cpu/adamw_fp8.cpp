@@ -5,9 +5,9 @@
 //
 // A block of groups is decoded and advanced first, then encoded: while a block is advanced nothing waits for the maximum
 // of a group.
-#include "convert.h"
 #include "decode.h"
 #include "encode.h"
+#include "params.h"
 
 namespace coat::COAT_ISA {
 namespace {
@@ -174,46 +174,12 @@ void close_moment(const Block& block, const Moment& moment) {
   }
 }
 
-void open_params(Workspace& space, Block* block) {
-  const StepJob& job = *block->job;
-  const StepRow& row = *block->row;
-  const bool whole = block->count == block->padded;
-  void* const param = at(row.param, job.param_dtype, block->first);
-  const void* const grad = at(row.grad, job.grad_dtype, block->first);
-  block->param = space.param;
-  block->grad = space.grad;
-  if (job.param_rounding == ParamRounding::kSplit) {
-    load_split(param, row.residual + block->first, block->count, block->padded, space.param);
-  } else if (job.param_dtype == DType::kFloat32 && whole) {
-    block->param = static_cast<float*>(param);
-  } else {
-    load_floats(param, job.param_dtype, block->count, block->padded, space.param);
-  }
-  if (job.grad_dtype == DType::kFloat32 && whole) {
-    block->grad = static_cast<const float*>(grad);
-  } else {
-    load_floats(grad, job.grad_dtype, block->count, block->padded, space.grad);
-  }
-}
-
-void close_params(const Block& block) {
-  const StepJob& job = *block.job;
-  void* const param = at(block.row->param, job.param_dtype, block.first);
-  if (block.param == param) return;
-  if (job.param_rounding == ParamRounding::kSplit) {
-    store_split(block.param, block.count, param, block.row->residual + block.first);
-  } else if (job.param_rounding == ParamRounding::kStochastic && job.param_dtype != DType::kFloat32) {
-    store_stochastic(block.param, block.count, job.param_dtype, block.row->keys[kStreamParam], block.first, param);
-  } else {
-    store_floats(block.param, block.count, job.param_dtype, param);
-  }
-}
-
 }  // namespace
 
 void step(const StepJob& job, const StepRow& row, int64_t begin, int64_t end) {
   const int n = job.exp_avg.group_size;
   Workspace space;
+  const ParamStorage params{row.param, job.param_dtype, job.param_rounding, row.residual, row.keys[kStreamParam]};
   Block block{};
   block.job = &job;
   block.row = &row;
@@ -231,7 +197,8 @@ void step(const StepJob& job, const StepRow& row, int64_t begin, int64_t end) {
     block.groups = static_cast<int>(end - group < kBlock / n ? end - group : kBlock / n);
     block.padded = block.groups * n;
     block.count = static_cast<int>(row.numel - block.first < block.padded ? row.numel - block.first : block.padded);
-    open_params(space, &block);
+    block.param = open_params(params, block.first, block.count, block.padded, space.param);
+    block.grad = open_grads(row.grad, job.grad_dtype, block.first, block.count, block.padded, space.grad);
     open_moment(block, space.exp_avg_codes, space.exp_avg, &block.exp_avg);
     open_moment(block, space.exp_avg_sq_codes, space.exp_avg_sq, &block.exp_avg_sq);
     advance_block(block);
@@ -239,7 +206,7 @@ void step(const StepJob& job, const StepRow& row, int64_t begin, int64_t end) {
     encode_block(block, &block.exp_avg_sq, row.grad, job.grad_dtype, row.keys[kStreamExpAvgSq]);
     close_moment(block, block.exp_avg);
     close_moment(block, block.exp_avg_sq);
-    close_params(block);
+    close_params(params, block.first, block.count, block.param);
   }
 }
 

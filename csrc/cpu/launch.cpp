@@ -1,14 +1,13 @@
 #include "launch.h"
 
-#include <algorithm>
 #include <atomic>
 #include <cmath>
-#include <functional>
 #include <stdexcept>
 #include <system_error>
 #include <thread>
 
 #include "../formats/random.h"
+#include "parallel.h"
 
 namespace coat {
 namespace {
@@ -39,34 +38,6 @@ std::atomic<const Kernels*>& chosen() {
   return kernels;
 }
 
-// work(begin, end) over [0, groups) on up to `threads` threads, this one among them. Threads are made for the call: a pool
-// would not survive a fork, and OpenMP would bring a second runtime beside torch's.
-void parallel(int64_t groups, int64_t elements, int threads, const std::function<void(int64_t, int64_t)>& work) {
-  const int64_t useful = std::min<int64_t>({threads, groups, elements / kElementsPerThread});
-  const int64_t parts = std::max<int64_t>(useful, 1);
-  std::vector<std::thread> others;
-  others.reserve(static_cast<size_t>(parts));
-  int64_t begin = 0;
-  for (int64_t part = 0; part + 1 < parts; ++part) {
-    const int64_t end = groups * (part + 1) / parts;
-    try {
-      others.emplace_back(work, begin, end);
-    } catch (const std::system_error&) {
-      break;  // no thread to be had: the rest is done here
-    }
-    begin = end;
-  }
-  work(begin, groups);
-  for (std::thread& other : others) other.join();
-}
-
-int64_t num_groups(int64_t numel, int group_size) { return (numel + group_size - 1) / group_size; }
-
-template <typename T>
-T* pointer(int64_t address) {
-  return reinterpret_cast<T*>(static_cast<uintptr_t>(address));
-}
-
 StepRow make_row(const int64_t* entry, const StepFormat& format, const Hyperparameters& hyper) {
   StepRow row{};
   row.param = pointer<void>(entry[0]);
@@ -89,6 +60,28 @@ StepRow make_row(const int64_t* entry, const StepFormat& format, const Hyperpara
 }
 
 }  // namespace
+
+const Kernels& kernels_in_use() { return *chosen().load(); }
+
+// Threads are made for the call: a pool would not survive a fork, and OpenMP would bring a second runtime beside torch's.
+void parallel(int64_t units, int64_t elements, int threads, const std::function<void(int64_t, int64_t)>& work) {
+  const int64_t useful = std::min<int64_t>({threads, units, elements / kElementsPerThread});
+  const int64_t parts = std::max<int64_t>(useful, 1);
+  std::vector<std::thread> others;
+  others.reserve(static_cast<size_t>(parts));
+  int64_t begin = 0;
+  for (int64_t part = 0; part + 1 < parts; ++part) {
+    const int64_t end = units * (part + 1) / parts;
+    try {
+      others.emplace_back(work, begin, end);
+    } catch (const std::system_error&) {
+      break;  // no thread to be had: the rest is done here
+    }
+    begin = end;
+  }
+  work(begin, units);
+  for (std::thread& other : others) other.join();
+}
 
 std::string isa() { return chosen().load()->name; }
 
@@ -129,19 +122,19 @@ GroupFormat make_format(Codec codec, int group_size, bool has_signs, bool keep_n
 }
 
 void quantize_group(const QuantizeJob& job, int threads) {
-  const Kernels& kernels = *chosen().load();
+  const Kernels& kernels = kernels_in_use();
   const int64_t groups = num_groups(job.numel, job.format.group_size);
   parallel(groups, job.numel, threads, [&](int64_t begin, int64_t end) { kernels.quantize(job, begin, end); });
 }
 
 void dequantize_group(const DequantizeJob& job, int threads) {
-  const Kernels& kernels = *chosen().load();
+  const Kernels& kernels = kernels_in_use();
   const int64_t groups = num_groups(job.numel, job.format.group_size);
   parallel(groups, job.numel, threads, [&](int64_t begin, int64_t end) { kernels.dequantize(job, begin, end); });
 }
 
 void adamw_fp8(const int64_t* table, int64_t n_tensors, const StepFormat& format, const Hyperparameters& hyper, int threads) {
-  const Kernels& kernels = *chosen().load();
+  const Kernels& kernels = kernels_in_use();
   StepJob job{};
   job.exp_avg = make_format(format.exp_avg, format.group_size, true, codec_spec(format.exp_avg).expand, format.stochastic_exp_avg);
   job.exp_avg_sq = make_format(format.exp_avg_sq, format.group_size, false, true, format.stochastic_exp_avg_sq);
@@ -158,22 +151,8 @@ void adamw_fp8(const int64_t* table, int64_t n_tensors, const StepFormat& format
 
   std::vector<StepRow> rows;
   rows.reserve(static_cast<size_t>(n_tensors));
-  int64_t groups = 0, elements = 0;
-  for (int64_t i = 0; i < n_tensors; ++i) {
-    rows.push_back(make_row(table + 10 * i, format, hyper));
-    rows.back().first_group = groups;
-    groups += num_groups(rows.back().numel, format.group_size);
-    elements += rows.back().numel;
-  }
-  parallel(groups, elements, threads, [&](int64_t begin, int64_t end) {
-    // the row that holds group `begin`: the last one that starts at or before it
-    auto row = std::upper_bound(rows.begin(), rows.end(), begin, [](int64_t group, const StepRow& r) { return group < r.first_group; });
-    for (row -= row == rows.begin() ? 0 : 1; row != rows.end() && row->first_group < end; ++row) {
-      const int64_t row_groups = num_groups(row->numel, format.group_size);
-      const int64_t from = std::max<int64_t>(begin - row->first_group, 0), to = std::min(end - row->first_group, row_groups);
-      if (from < to) kernels.step(job, *row, from, to);
-    }
-  });
+  for (int64_t i = 0; i < n_tensors; ++i) rows.push_back(make_row(table + 10 * i, format, hyper));
+  parallel_rows(rows, format.group_size, threads, [&](const StepRow& row, int64_t from, int64_t to) { kernels.step(job, row, from, to); });
 }
 
 }  // namespace coat

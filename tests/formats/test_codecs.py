@@ -28,18 +28,28 @@ def test_constants_are_torchs(name: str) -> None:
 def test_the_expansion_targets_the_second_subnormal_step() -> None:
     assert get_codec("e4m3_expand").range_q15 == 8811894
     assert get_codec("e5m2_expand").range_q15 == 16151926
+    assert get_codec("e2m1_expand").range_q15 == 1355264
+
+
+def test_e2m1_is_the_ocp_format() -> None:
+    values = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
+    assert torch.equal(code_values(get_codec("e2m1")), torch.cat([values, -values]))
+
+
+def test_arrays_of_codes() -> None:
+    assert get_codec("e2m1").codes_shape((3, 5)) == (8,)
+    assert get_codec("e2m1").codes_shape((0,)) == (0,)
+    assert get_codec("e2m1").codes_shape(()) == (1,)
+    for name in ("e4m3_expand", "log8", "softsign8", "bfloat16", "float32"):
+        assert get_codec(name).codes_shape((3, 5)) == (3, 5)
+    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+    assert all(codec.array_dtype == dtypes.get(name, torch.uint8) for name, codec in CODECS.items())
+    assert {name for name, codec in CODECS.items() if not codec.quantized} == set(dtypes)
 
 
 def test_indices_are_the_kernels() -> None:
-    assert {name: codec.index for name, codec in CODECS.items()} == {
-        "float32": 0,
-        "e4m3": 1,
-        "e4m3_expand": 2,
-        "e5m2": 3,
-        "e5m2_expand": 4,
-        "log8": 5,
-        "dynamic8": 6,
-    }
+    names = ["float32", "e4m3", "e4m3_expand", "e5m2", "e5m2_expand", "log8", "dynamic8", "softsign8", "e2m1", "e2m1_expand", "bfloat16"]
+    assert {name: codec.index for name, codec in CODECS.items()} == {name: index for index, name in enumerate(names)}
 
 
 def test_errors_name_what_is_known() -> None:

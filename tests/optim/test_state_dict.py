@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from coat_kernels import CoatWarning
 from coat_kernels.config import FP8QuantizationConfig
 from coat_kernels.optim import FP8AdamW
 
@@ -162,18 +163,23 @@ CASES = {
     "cast codes": (lambda d: d["state"][0].update(exp_avg=d["state"][0]["exp_avg"].bfloat16()), "exp_avg of parameter 0 is torch.bfloat16"),
     "truncated metadata": (
         lambda d: d["state"][0].update(exp_avg_amax=torch.zeros(2)),
-        "exp_avg_amax of parameter 0 is torch.float32 of shape",
+        r"exp_avg_amax of parameter 0 has shape \(2,\); \(43,\) is needed",
     ),
     "missing metadata": (lambda d: d["state"][0].pop("exp_avg_sq_k16"), "has no 'exp_avg_sq_k16'"),
-    "codes without amax": (lambda d: d["state"][0].pop("exp_avg_amax"), "torch.uint8 without exp_avg_amax"),
+    "codes without amax": (lambda d: d["state"][0].pop("exp_avg_amax"), "torch.uint8 without its scales"),
     "missing step": (lambda d: d["state"][0].pop("step"), "has no 'step'"),
     "damaged k16": (lambda d: d["state"][0]["exp_avg_k16"].zero_(), "exp_avg_k16 of parameter 0 holds a 0"),
-    "bitsandbytes": (
-        lambda d: d["state"].update({0: {"state1": torch.zeros(3), "state2": torch.zeros(3), "step": 1}}),
-        "no 'exp_avg', only",
+    "another optimizer's": (lambda d: d["state"].update({0: {"square_avg": torch.zeros(3), "step": 1}}), "no 'exp_avg', only"),
+    "a state too many": (lambda d: d["state"][0].update(slow=torch.zeros(3)), r"holds \['slow'\], which FP8AdamW does not keep"),
+    "bitsandbytes, unknown map": (
+        lambda d: d["state"].update(
+            {0: {"state1": torch.zeros(90, 60, dtype=torch.uint8), "absmax1": torch.zeros(22), "qmap1": torch.zeros(256), "step": 1}}
+        ),
+        "qmap1 of parameter 0 is not bitsandbytes' signed dynamic map",
     ),
     "amsgrad": (lambda d: d["state"][0].update(max_exp_avg_sq=torch.zeros(3)), "amsgrad maximum"),
-    "other codec": (lambda d: d["param_groups"][0]["state_format"].update(exp_avg="e5m2"), "was saved as {'exp_avg': 'e5m2'"),
+    "unknown codec": (lambda d: d["param_groups"][0]["state_format"].update(exp_avg="e5m9"), "unknown codec 'e5m9'; known codecs: "),
+    "no codec": (lambda d: d["param_groups"][0].pop("state_format"), "does not say of which codec"),
     "residual": (lambda d: d["state"][0].update(residual=torch.zeros(90, 60, dtype=torch.int8)), "saved with param_rounding='split'"),
 }
 
@@ -216,3 +222,23 @@ def test_another_threshold_reads_what_was_saved() -> None:
         else:
             other.load_state_dict(optimizer.state_dict())
             assert torch.equal(other.state[twin[0].weight]["exp_avg"], optimizer.export_adamw_state_dict()["state"][0]["exp_avg"])
+
+
+def test_another_codec_or_group_size_is_converted_and_said() -> None:
+    module = model()
+    saved = FP8AdamW(module.parameters(), fp8_config=FP8QuantizationConfig(block_size=64, m2_format="log8"))
+    train(module, saved, range(3))
+    other = FP8AdamW(model().parameters())
+    with pytest.warns(CoatWarning) as said:
+        other.load_state_dict(saved.state_dict())
+    messages = sorted(str(warning.message) for warning in said)
+    assert messages == [
+        "the loaded state was converted, exp_avg from e4m3_expand in groups of 64 to e4m3_expand in groups of 128, in 1 arrays; "
+        "values moved by rounding",
+        "the loaded state was converted, exp_avg_sq from log8 in groups of 64 to e4m3_expand in groups of 128, in 1 arrays; "
+        "values moved by rounding",
+    ]
+    want, got = saved.export_adamw_state_dict()["state"][0], other.export_adamw_state_dict()["state"][0]
+    for name in ("exp_avg", "exp_avg_sq"):
+        # one more rounding to e4m3: at most half a step of 1/8, expanded
+        assert (got[name] - want[name]).norm() <= 0.05 * want[name].norm()

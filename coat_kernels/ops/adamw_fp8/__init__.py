@@ -1,6 +1,6 @@
 """The fused AdamW step on encoded moments: `coat_kernels::adamw_fp8_` over tensor lists.
 
-Optimizers in eager mode launch a prepared `Bucket` instead of calling the op: passing 6,000 tensors through the
+Optimizers in eager mode launch a prepared `AdamWFP8Bucket` instead of calling the op: passing 6,000 tensors through the
 dispatcher costs more than the step itself for many small ones.
 """
 
@@ -14,10 +14,10 @@ from torch import Tensor
 from ...formats import get_codec, num_groups
 from ...formats.parameters import PARAM_DTYPES
 from .._library import LIBRARY
-from .bucket import Bucket, BucketState
+from .bucket import AdamWFP8Bucket, StateLists
 from .settings import Hyperparameters, StateFormat, storage_rounding
 
-__all__ = ["Bucket", "BucketState", "Hyperparameters", "StateFormat", "adamw_fp8_", "check_adamw_fp8", "storage_rounding"]
+__all__ = ["AdamWFP8Bucket", "Hyperparameters", "StateFormat", "StateLists", "adamw_fp8_", "check_adamw_fp8", "storage_rounding"]
 
 LIBRARY.define(
     "adamw_fp8_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, Tensor(d!)[] amaxs, "
@@ -99,20 +99,20 @@ def _parse(
     seed: int = 0,
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
-) -> tuple[BucketState, StateFormat, Hyperparameters]:
+) -> tuple[StateLists, StateFormat, Hyperparameters]:
     """The schema's arguments, checked, as what a bucket takes."""
     fmt = StateFormat(
         get_codec(exp_avg_codec), get_codec(exp_avg_sq_codec), group_size, exp_avg_rounding, exp_avg_sq_rounding, param_rounding, seed
     )
     check_adamw_fp8(params, grads, exp_avgs, exp_avg_sqs, amaxs, k16s, residuals, steps, fmt)
-    state = BucketState(exp_avgs, exp_avg_sqs, amaxs, k16s, residuals, steps, list(range(len(params))))
+    state = StateLists(exp_avgs, exp_avg_sqs, amaxs, k16s, residuals, steps, list(range(len(params))))
     return state, fmt, Hyperparameters(lr, beta1, beta2, eps, weight_decay, maximize, grad_scale, found_inf)
 
 
 def _adamw_fp8_(params: list[Tensor], grads: list[Tensor], *args: Any, **kwargs: Any) -> None:
     state, fmt, hyper = _parse(params, grads, *args, **kwargs)
     if params:
-        Bucket(params, grads, state, fmt).step(hyper, grads)
+        AdamWFP8Bucket(params, grads, state.states(fmt), state.indices, fmt).step(hyper, grads)
 
 
 def _adamw_fp8_fake(*args: Any, **kwargs: Any) -> None:

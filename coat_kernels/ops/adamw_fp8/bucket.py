@@ -1,23 +1,23 @@
-"""A bucket: tensors of one device, dtype and state format that a single launch steps."""
+"""The launch object of the fused FP8 AdamW step."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ...backends import require_backend
-from ..pointer_table import PointerTable, addresses
+from ..bucket import Bucket
 from . import cpu, reference
-from .settings import Hyperparameters, StateFormat
+from .settings import COLUMNS, Hyperparameters, StateFormat
 
 
 @dataclass
-class BucketState:
-    """The stored state of a bucket's tensors, parallel lists.
+class StateLists:
+    """The stored state of parallel tensors as the op takes it.
 
     Args:
         exp_avgs, exp_avg_sqs: uint8 codes, or float32 values for the `float32` codec.
@@ -36,80 +36,51 @@ class BucketState:
     steps: list[Tensor] = field(default_factory=list)
     indices: list[int] = field(default_factory=list)
 
+    def states(self, fmt: StateFormat) -> list[dict[str, Tensor]]:
+        """The same tensor by tensor, under the names of `StateFormat.arrays`."""
+        states = []
+        for i, step in enumerate(self.steps):
+            state = {"step": step, "exp_avg": self.exp_avgs[i], "exp_avg_sq": self.exp_avg_sqs[i]}
+            for column, moment in enumerate(fmt.moments):
+                if moment.codec.quantized:
+                    state[f"{moment.name}_amax"] = self.amaxs[i][:, column]
+                    state[f"{moment.name}_k16"] = self.k16s[i][:, column]
+            if self.residuals:
+                state["residual"] = self.residuals[i]
+            states.append(state)
+        return states
 
-class Bucket:
-    """Launch-ready form of parallel lists of parameters, gradients and state.
 
-    Args:
-        params, grads: contiguous tensors of one device; each list of one dtype.
-        state: their stored state; contiguous, on the same device.
-        fmt: how the state is stored.
-        use_reference: run the PyTorch reference instead of a kernel.
+class AdamWFP8Bucket(Bucket):
+    """`Bucket` of `adamw_fp8_`; its format is a `StateFormat`."""
 
-    Raises:
-        BackendUnavailable: no kernel for the device.
-    """
+    op = "adamw_fp8"
+    columns = COLUMNS[2:-3]
 
-    def __init__(
-        self, params: Sequence[Tensor], grads: Sequence[Tensor], state: BucketState, fmt: StateFormat, *, use_reference: bool = False
-    ) -> None:
-        self.params, self.state, self.fmt = params, state, fmt
-        self.device = self.params[0].device
-        self.param_dtype, self.grad_dtype = params[0].dtype, grads[0].dtype
-        self.backend = "reference" if use_reference else require_backend("adamw_fp8", self.device)
-        rows = len(self.params)
-        columns = {
-            "param": addresses(self.params),
-            "grad": addresses(grads),
-            "exp_avg": addresses(state.exp_avgs),
-            "exp_avg_sq": addresses(state.exp_avg_sqs),
-            "amax": addresses(state.amaxs) if fmt.quantized else [0] * rows,
-            "k16": addresses(state.k16s) if fmt.quantized else [0] * rows,
-            "residual": addresses(state.residuals) if state.residuals else [0] * rows,
-            "step": addresses(state.steps),
-            "numel": [p.numel() for p in self.params],
-            "index": state.indices,
-        }
-        self.table = PointerTable(columns, self.device)
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
         if self.backend == "Triton":
             self._triton = import_module(".triton", __package__)
-            self._tiles = self._triton.make_tiles(columns["numel"], fmt.group_size).to(self.device)
-            self._corrections = torch.empty(rows, 4, device=self.device)
+            sizes = [param.numel() for param in self.params]
+            self._tiles = self._triton.make_tiles(sizes, self.fmt.group_size).to(self.device)
+            self._corrections = torch.empty(len(sizes), 4, device=self.device)
 
-    def set_params(self, params: Sequence[Tensor]) -> None:
-        """Step these tensors from now on: the same shapes and dtype, perhaps at other addresses."""
-        self.params = params
-        self.table.set_params(params)
+    def _step_cpu(self, hyper: Hyperparameters) -> None:
+        cpu.step(self.table, self.fmt, hyper, param_dtype=self.param_dtype, grad_dtype=self.grad_dtype)
 
-    def set_grads(self, grads: Sequence[Tensor]) -> bool:
-        """Read these gradients from now on: the same shapes and dtype; whether any lies at a new address.
-
-        The bucket keeps their addresses and not the tensors, which would otherwise live through the next forward pass.
-        """
-        return self.table.set_grads(grads)
-
-    def step(self, hyper: Hyperparameters, grads: Sequence[Tensor]) -> None:
-        """Advance every tensor by one step, in place; nothing changes where `found_inf` is set.
-
-        `grads` are those that the bucket was made with or `set_grads` was last given.
-        """
-        if self.backend == "Triton":
-            table = self.table.on_device()
-            dtypes = {"param_dtype": self.param_dtype, "grad_dtype": self.grad_dtype}
-            self._triton.step(table, self._tiles, self._corrections, self.fmt, hyper, **dtypes)
-        elif hyper.found_inf is None or not bool(hyper.found_inf):
-            if self.backend == "C++":
-                cpu.step(self.table, self.fmt, hyper, param_dtype=self.param_dtype, grad_dtype=self.grad_dtype)
-            else:
-                self._step_reference(hyper, grads)
+    def _step_gpu(self, hyper: Hyperparameters) -> None:
+        dtypes = {"param_dtype": self.param_dtype, "grad_dtype": self.grad_dtype}
+        self._triton.step(self.table.on_device(), self._tiles, self._corrections, self.fmt, hyper, **dtypes)
 
     def _step_reference(self, hyper: Hyperparameters, grads: Sequence[Tensor]) -> None:
-        state = self.state
         for i, (param, grad) in enumerate(zip(self.params, grads, strict=True)):
-            residual = state.residuals[i] if state.residuals else None
-            step = int(state.steps[i].add_(1))
-            old = (param, state.exp_avgs[i], state.exp_avg_sqs[i], state.amaxs[i], state.k16s[i], residual)
-            new = reference.adamw_fp8(old[0], grad, *old[1:], step=step, index=state.indices[i], fmt=self.fmt, hyper=hyper)
+            held = self.arrays[i]
+            absent = grad.new_empty(0)  # metadata where nothing is quantized
+            old: list[Any] = [param, *(held.get(name, absent) for name in ("exp_avg", "exp_avg_sq", "amax", "k16"))]
+            step = int(self.states[i]["step"].add_(1))
+            numbers: dict[str, Any] = {"step": step, "index": self.indices[i], "fmt": self.fmt, "hyper": hyper}
+            *new, residual = reference.adamw_fp8(param, grad, old[1], old[2], old[3], old[4], held.get("residual"), **numbers)
             for target, value in zip(old, new, strict=True):
-                if target is not None and value is not None:
-                    target.copy_(value)
+                target.copy_(value)
+            if residual is not None:
+                held["residual"].copy_(residual)

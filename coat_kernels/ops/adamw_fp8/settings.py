@@ -7,13 +7,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ...formats import check_group_size, check_rounding
+from ...formats import check_group_size, check_rounding, num_groups
 from ...formats.codecs import Codec
 from ...formats.parameters import check_param_rounding
+from ..state import Array, Moment, StepFormat
+
+#: Of the pointer table: a contract with csrc/cpu/launch.cpp and triton.py.
+COLUMNS = ("param", "grad", "exp_avg", "exp_avg_sq", "amax", "k16", "residual", "step", "numel", "index")
 
 
 @dataclass(frozen=True)
-class StateFormat:
+class StateFormat(StepFormat):
     """How the tensors of one bucket are stored.
 
     Args:
@@ -41,8 +45,22 @@ class StateFormat:
             raise ValueError(f"codec {self.exp_avg.name!r} holds no signs and cannot hold exp_avg; use e4m3 or e5m2")
 
     @property
-    def quantized(self) -> bool:
-        return self.exp_avg.quantized or self.exp_avg_sq.quantized
+    def moments(self) -> tuple[Moment, ...]:
+        return (
+            Moment("exp_avg", self.exp_avg, self.group_size, signed=True),
+            Moment("exp_avg_sq", self.exp_avg_sq, self.group_size, signed=False),
+        )
+
+    def arrays(self, shape: torch.Size) -> list[Array]:
+        arrays = [Array(m.name, m.codec.array_dtype, m.codec.codes_shape(tuple(shape))) for m in self.moments]
+        if self.quantized:
+            rows = (num_groups(shape.numel(), self.group_size), 2)
+            for name, dtype, fill in (("amax", torch.float32, 0), ("k16", torch.uint8, 16)):
+                columns = tuple(f"{m.name}_{name}" if m.codec.quantized else None for m in self.moments)
+                arrays.append(Array(name, dtype, rows, fill, columns))
+        if self.param_rounding == "split":
+            arrays.append(Array("residual", torch.int8, tuple(shape)))
+        return arrays
 
 
 @dataclass(frozen=True)

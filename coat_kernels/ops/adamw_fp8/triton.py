@@ -34,8 +34,7 @@ from ...formats.triton import (
 from ...formats.triton_launch import device_guard, instruction_set, signed32, tl_dtype
 from ...formats.triton_params import PARAM_SPLIT, PARAM_STOCHASTIC, load_param, store_param, stream_key, to_float32
 from ...formats.triton_ptx import bits_of, float_of, reciprocal, scaled_reciprocal, sqrt
-from ..pointer_table import COLUMNS
-from .settings import Hyperparameters, StateFormat
+from .settings import COLUMNS, Hyperparameters, StateFormat
 
 _TILE = tl.constexpr(512)
 _ROWS_A_PROGRAM = 32
@@ -382,7 +381,7 @@ def step(
     """Advance every row of `table` by one step, in place, without synchronising; nothing changes where `found_inf` is set.
 
     Args:
-        table: int64 [n_rows, 10] on the device, the columns of `pointer_table.COLUMNS`. All addresses are multiples of 16 but
+        table: int64 [n_rows, 10] on the device, the columns of `settings.COLUMNS`. All addresses are multiples of 16 but
             those of steps, and of params and grads, which may be aligned to their elements only.
         tiles: `make_tiles` of the rows' sizes, on the device.
         corrections: float32 [n_rows, 4] scratch on the device.

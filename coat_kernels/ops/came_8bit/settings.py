@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ...formats import get_codec
+from ...formats.dynamic8 import check_block_size
 from ...formats.parameters import check_param_rounding
 from ..state import Array, Moment, StepFormat
 
@@ -105,6 +106,7 @@ class CameFormat(StepFormat):
             raise ValueError(f"rule is one of {RULES} and phase one of {PHASES}, got {self.rule!r} and {self.phase!r}")
         if self.rule == "came" and (self.phase != "late" or self.edge_suppression or self.spatial_awareness or self.lora_rank_penalty):
             raise ValueError("rule 'came' has no warm-up phases and no penalties; use rule 'cameamp'")
+        check_block_size(self.block_size)
         check_param_rounding(self.param_rounding)
         if self.param_rounding == "split":
             raise ValueError("param_rounding='split' is not offered by the CAME step; choose 'nearest' or 'stochastic'")
@@ -155,9 +157,8 @@ class CameSettings:
         maximize: ascend.
         grad_scale, found_inf: as `torch.amp.GradScaler` gives them.
         grad_l1: sum of |g| over the param group, g after division by grad_scale; infinity switches that rule off for the step.
-        warmup_steps: W.
         min_lr, max_lr, lr_bump: bounds of the learning rate mask and what one agreement of signs moves it by.
-        beta1_decay: beta1 of step t >= W/2 is max(beta1 · beta1_decay^t, 0.4).
+        beta1_decay: beta1 of step t in the phases "middle" and "late" is max(beta1 · beta1_decay^t, 0.4).
         adaptation_rate: of the torque's moving average.
         edge_penalty, edge_threshold: strength of edge suppression, and what counts as an edge.
         frequency_penalty: share of the gradient's high-frequency part that is removed.
@@ -177,7 +178,6 @@ class CameSettings:
     grad_scale: Tensor | None = None
     found_inf: Tensor | None = None
     grad_l1: float = math.inf
-    warmup_steps: int = 0
     min_lr: float = 1e-7
     max_lr: float = 1e-3
     lr_bump: float = 3e-6

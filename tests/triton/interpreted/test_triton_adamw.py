@@ -9,15 +9,15 @@ from torch import Tensor
 from coat_kernels.formats.codecs import CODECS, STREAM_EXP_AVG_SQ, Codec, num_groups
 from coat_kernels.formats.random import stream_key
 from coat_kernels.formats.reference import decode_group, encode_group
-from coat_kernels.ops.adamw_fp8 import Bucket, BucketState, Hyperparameters, StateFormat, reference
+from coat_kernels.ops.adamw_fp8 import AdamWFP8Bucket, Hyperparameters, StateFormat, StateLists, reference
 from coat_kernels.ops.adamw_fp8 import triton as kernel
 
 E4M3, LOG8, FLOAT32 = CODECS["e4m3_expand"], CODECS["log8"], CODECS["float32"]
 HYPER = Hyperparameters(lr=1e-2, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.01)
 
 
-def fresh_state(params: list[Tensor], fmt: StateFormat) -> BucketState:
-    state = BucketState(indices=list(range(len(params))))
+def fresh_state(params: list[Tensor], fmt: StateFormat) -> StateLists:
+    state = StateLists(indices=list(range(len(params))))
     for p in params:
         groups = num_groups(p.numel(), fmt.group_size)
         state.exp_avgs.append(torch.zeros(p.shape, dtype=torch.uint8 if fmt.exp_avg.quantized else torch.float32))
@@ -30,8 +30,8 @@ def fresh_state(params: list[Tensor], fmt: StateFormat) -> BucketState:
     return state
 
 
-def step(params: list[Tensor], grads: list[Tensor], state: BucketState, fmt: StateFormat, hyper: Hyperparameters = HYPER) -> None:
-    bucket = Bucket(params, grads, state, fmt, use_reference=True)
+def step(params: list[Tensor], grads: list[Tensor], state: StateLists, fmt: StateFormat, hyper: Hyperparameters = HYPER) -> None:
+    bucket = AdamWFP8Bucket(params, grads, state.states(fmt), state.indices, fmt, use_reference=True)
     tiles = kernel.make_tiles([p.numel() for p in params], fmt.group_size)
     corrections = torch.full((len(params), 4), torch.nan)
     kernel.step(bucket.table.host, tiles, corrections, fmt, hyper, param_dtype=params[0].dtype, grad_dtype=grads[0].dtype)
@@ -52,8 +52,8 @@ def compare_with_reference(
     params: list[Tensor],
     old: list[Tensor],
     grads: list[Tensor],
-    before: BucketState,
-    after: BucketState,
+    before: StateLists,
+    after: StateLists,
     fmt: StateFormat,
     hyper: Hyperparameters,
 ) -> None:
@@ -85,9 +85,9 @@ def compare_with_reference(
             assert int((off > 0).sum()) <= max(2, 0.004 * off.numel())
 
 
-def copies(state: BucketState) -> BucketState:
+def copies(state: StateLists) -> StateLists:
     lists = (state.exp_avgs, state.exp_avg_sqs, state.amaxs, state.k16s, state.residuals, state.steps)
-    return BucketState(*[[t.clone() for t in tensors] for tensors in lists], list(state.indices))
+    return StateLists(*[[t.clone() for t in tensors] for tensors in lists], list(state.indices))
 
 
 @pytest.mark.parametrize(
@@ -120,7 +120,7 @@ def test_the_first_step_is_torchs(v: Codec) -> None:
     torch.testing.assert_close(got[0], p.data, rtol=1e-6, atol=0)
 
 
-def run(params: list[Tensor], fmt: StateFormat, steps: int = 3, hyper: Hyperparameters = HYPER) -> BucketState:
+def run(params: list[Tensor], fmt: StateFormat, steps: int = 3, hyper: Hyperparameters = HYPER) -> StateLists:
     state = fresh_state(params, fmt)
     for t in range(steps):
         step(params, [gradients(p.numel(), 10 * i + t).to(p.dtype) for i, p in enumerate(params)], state, fmt, hyper)

@@ -1,0 +1,46 @@
+// What the entry points of every op share: the kernels in use, threads, and the rows of a pointer table.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <functional>
+#include <vector>
+
+#include "kernels.h"
+
+namespace coat {
+
+// The kernels of the instruction set in use.
+const Kernels& kernels_in_use();
+
+// work(begin, end) over [0, units) on up to `threads` threads, this one among them; fewer where there are few elements.
+void parallel(int64_t units, int64_t elements, int threads, const std::function<void(int64_t, int64_t)>& work);
+
+inline int64_t num_groups(int64_t numel, int group_size) { return (numel + group_size - 1) / group_size; }
+
+template <typename T>
+T* pointer(int64_t address) {
+  return reinterpret_cast<T*>(static_cast<uintptr_t>(address));
+}
+
+// Runs step(row, from, to) over the groups of all rows. A row has `numel` and is told its `first_group` among those of all.
+template <typename Row, typename Step>
+void parallel_rows(std::vector<Row>& rows, int group_size, int threads, Step step) {
+  int64_t groups = 0, elements = 0;
+  for (Row& row : rows) {
+    row.first_group = groups;
+    groups += num_groups(row.numel, group_size);
+    elements += row.numel;
+  }
+  parallel(groups, elements, threads, [&](int64_t begin, int64_t end) {
+    // the row that holds group `begin`: the last one that starts at or before it
+    auto row = std::upper_bound(rows.begin(), rows.end(), begin, [](int64_t group, const Row& r) { return group < r.first_group; });
+    for (row -= row == rows.begin() ? 0 : 1; row != rows.end() && row->first_group < end; ++row) {
+      const int64_t row_groups = num_groups(row->numel, group_size);
+      const int64_t from = std::max<int64_t>(begin - row->first_group, 0), to = std::min(end - row->first_group, row_groups);
+      if (from < to) step(*row, from, to);
+    }
+  });
+}
+
+}  // namespace coat
