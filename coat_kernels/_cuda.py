@@ -34,7 +34,7 @@ _OPTIONS = ("-std=c++17",)
 _log = logging.getLogger("coat_kernels")
 
 
-def missing() -> str | None:
+def unavailable() -> str | None:
     """Why CUDA kernels can be had on no device here, with the remedy; None where they can."""
     if any(_FATBINS.glob("*.fatbin")):
         return None
@@ -131,7 +131,7 @@ def compiled(source: str, capability: tuple[int, int]) -> bytes:
     """
     library = _nvrtc()
     if library is None or _SOURCES is None:
-        raise RuntimeError(missing() or f"libnvrtc, which would compile the CUDA kernels of {source}, is not found")
+        raise RuntimeError(unavailable() or f"libnvrtc, which would compile the CUDA kernels of {source}, is not found")
     files = sorted((_SOURCES / "cuda").glob("*")) + sorted((_SOURCES / "formats").glob("*.h"))
     key = hashlib.sha256(repr((source, capability, _nvrtc_version(library), _OPTIONS, _C_HEADERS)).encode())
     for file in files:

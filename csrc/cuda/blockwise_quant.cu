@@ -47,7 +47,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 2) dequantize_blockwise(Q
     const int count = elements_left(arguments.numel, first);
     if (count <= 0) continue;
     float x[kElements];
-    decode_codes(map, load_bytes(arguments.codes, first, count), arguments.absmax[first / arguments.block_size], x);
+    decode_codes(map, load_bytes(arguments.codes, first, count, 0), arguments.absmax[first / arguments.block_size], x);
     store_raw(arguments.x, dtype, first, count, from_floats(x, dtype));
   }
 }

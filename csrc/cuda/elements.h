@@ -76,14 +76,13 @@ __device__ inline void store_raw(void* base, DType dtype, int64_t first, int cou
   }
 }
 
-// Bytes (codes, residuals) lie at multiples of 16, `first` at a multiple of 8: eight are one access but in a tensor's last few.
-__device__ inline uint2 load_bytes(const void* base, int64_t first, int count) {
+// Bytes (codes, residuals) lie at multiples of 16, `first` at a multiple of 8: eight are one access but in a tensor's last few, which
+// `fill` pads.
+__device__ inline uint2 load_bytes(const void* base, int64_t first, int count, uint32_t fill) {
   const uint8_t* address = static_cast<const uint8_t*>(in_global(base)) + first;
   if (count >= kElements) return *reinterpret_cast<const uint2*>(address);
   uint32_t word[2] = {};
-  for (int j = 0; j < kElements; ++j) {
-    if (j < count) word[j / 4] |= static_cast<uint32_t>(address[j]) << (8 * (j % 4));
-  }
+  for (int j = 0; j < kElements; ++j) word[j / 4] |= (j < count ? address[j] : fill) << (8 * (j % 4));
   return make_uint2(word[0], word[1]);
 }
 

@@ -25,7 +25,7 @@ struct Row {
 };
 
 // What follows from a tensor's own step count: lr / (1 - beta1^t) (lion: lr), 1 / sqrt(1 - beta2^t), 1 - lr weight_decay.
-struct Correction {
+struct alignas(16) Correction {
   float step_size, root, decay, unused;
 };
 
@@ -122,13 +122,14 @@ struct Step {
     const Raw grads = load_raw(row.grad, grad_dtype, part->first, part->count);
     if (kRule != Rule::kMomentum) params = load_raw(row.param, param_dtype, part->first, part->count);
     if (kQuantized) {
-      m_codes = load_bytes(row.exp_avg, part->first, part->count);
-      if (kMoments == 2) v_codes = load_bytes(row.exp_avg_sq, part->first, part->count);
+      // what lies past a tensor's end decodes to zero: it must not be a block's maximum
+      m_codes = load_bytes(row.exp_avg, part->first, part->count, kDynamic8Zero);
+      if (kMoments == 2) v_codes = load_bytes(row.exp_avg_sq, part->first, part->count, 0);
     } else {
       states[0] = load_raw(row.exp_avg, DType::kFloat32, part->first, part->count);
       if (kMoments == 2) states[kMoments - 1] = load_raw(row.exp_avg_sq, DType::kFloat32, part->first, part->count);
     }
-    if (split) residuals = load_bytes(row.residual, part->first, part->count);
+    if (split) residuals = load_bytes(row.residual, part->first, part->count, 0);
     to_floats(grads, grad_dtype, part->g);
     load_states(*part, shared, m_codes, v_codes, states, part->m, part->v);
     if (kRule == Rule::kMomentum) return;
