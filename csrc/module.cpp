@@ -2,6 +2,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include "bind_came.h"
 #include "cpu/launch.h"
 
 namespace py = pybind11;
@@ -167,4 +168,5 @@ PYBIND11_MODULE(_C, m) {
         py::arg("group_size"), py::arg("stochastic_exp_avg"), py::arg("stochastic_exp_avg_sq"), py::arg("param_rounding"), py::arg("seed"),
         py::arg("lr"), py::arg("beta1"), py::arg("beta2"), py::arg("eps"), py::arg("weight_decay"), py::arg("maximize"),
         py::arg("grad_scale"), py::arg("threads"));
+  bind_came(m);
 }
