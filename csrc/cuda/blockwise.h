@@ -28,7 +28,7 @@ __device__ inline float divide(float x, float absmax, float reciprocal) {
 // The reciprocal of a block's maximum. Where it or a remainder would lose bits to underflow, the block is scaled by a power of two first.
 __device__ inline float make_divisible(float* x, float* absmax) {
   if (*absmax == 0) return 0.0f;
-  if (*absmax < 5.4210109e-20f || *absmax > 1.3292280e+36f) {  // 2^-64, 2^120
+  if (*absmax < 5.4210109e-20f || *absmax > 1.3292280e+36f) {           // 2^-64, 2^120
     const float scale = *absmax < 1 ? 1.7014118e+38f : 7.4505806e-09f;  // 2^127, 2^-27
     *absmax *= scale;
     for (int j = 0; j < kElements; ++j) {

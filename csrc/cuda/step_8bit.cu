@@ -99,7 +99,8 @@ struct Step {
     float p[kElements], g[kElements], m[kElements], v[kElements];
   };
 
-  __device__ static void load_states(const Part& part, const Shared& shared, uint2 m_codes, uint2 v_codes, const Raw* raw, float* m, float* v) {
+  __device__ static void load_states(const Part& part, const Shared& shared, uint2 m_codes, uint2 v_codes, const Raw* raw, float* m,
+                                     float* v) {
     if (kQuantized) {
       const int64_t block = part.first / part.arguments->block_size;
       decode_codes(shared.tables[0].map, m_codes, part.count > 0 ? part.row->exp_avg_absmax[block] : 0.0f, m);
@@ -179,8 +180,7 @@ struct Step {
     if (kRule == Rule::kMomentum || dtype == DType::kFloat32 || rounding == ParamRounding::kNearest) {
       store_raw(row.param, dtype, part.first, part.count, from_floats(part.p, dtype));
     } else if (rounding == ParamRounding::kStochastic) {
-      const uint32_t key =
-          stream_key(arguments.seed, static_cast<uint32_t>(*row.step), static_cast<uint32_t>(row.index), kStreamParam);
+      const uint32_t key = stream_key(arguments.seed, static_cast<uint32_t>(*row.step), static_cast<uint32_t>(row.index), kStreamParam);
       store_raw(row.param, dtype, part.first, part.count, from_floats_stochastic(part.p, dtype, key, part.first));
     } else {
       Raw params = {};
@@ -251,10 +251,10 @@ struct Step {
   }
 };
 
-#define COAT_STEP_KERNEL(NAME, RULE, QUANTIZED)                                                 \
-  extern "C" __global__ void __launch_bounds__(kThreads, 2) NAME(StepArguments arguments) {     \
-    __shared__ Step<RULE, QUANTIZED>::Shared shared;                                            \
-    Step<RULE, QUANTIZED>::run(arguments, &shared);                                             \
+#define COAT_STEP_KERNEL(NAME, RULE, QUANTIZED)                                             \
+  extern "C" __global__ void __launch_bounds__(kThreads, 2) NAME(StepArguments arguments) { \
+    __shared__ Step<RULE, QUANTIZED>::Shared shared;                                        \
+    Step<RULE, QUANTIZED>::run(arguments, &shared);                                         \
   }
 
 COAT_STEP_KERNEL(step_8bit_adamw, Rule::kAdamW, true)

@@ -173,7 +173,7 @@ inline unsigned __shfl_xor_sync(unsigned mask, unsigned value, int lanes) {
 }
 
 // The C functions that a launcher calls in place of the driver.
-#define COAT_EMULATE(KERNEL, ARGUMENTS)                                                                  \
-  extern "C" void emulate_##KERNEL(const void* arguments, int blocks, int threads, int descending) {     \
-    emulator::run<ARGUMENTS>(KERNEL, arguments, blocks, threads, descending);                            \
+#define COAT_EMULATE(KERNEL, ARGUMENTS)                                                              \
+  extern "C" void emulate_##KERNEL(const void* arguments, int blocks, int threads, int descending) { \
+    emulator::run<ARGUMENTS>(KERNEL, arguments, blocks, threads, descending);                        \
   }
