@@ -30,12 +30,12 @@ lint: $(VENV)/.built
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
-	$(VENV)/bin/clang-format --dry-run --Werror $$(git ls-files 'csrc/*.cpp' 'csrc/*.h')
+	$(VENV)/bin/clang-format --dry-run --Werror $$(git ls-files '*.cpp' '*.h' '*.cu')
 
 format: $(VENV)/.built
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
-	$(VENV)/bin/clang-format -i $$(git ls-files 'csrc/*.cpp' 'csrc/*.h')
+	$(VENV)/bin/clang-format -i $$(git ls-files '*.cpp' '*.h' '*.cu')
 
 $(VENV)/.installed: requirements/test.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' || { echo "the lock is for Python 3.11; run: make PYTHON=/path/to/python3.11"; exit 1; }
@@ -54,4 +54,4 @@ lock:
 	build/lock/bin/pip freeze --all | grep -v '^pip=='
 
 clean:
-	rm -rf $(VENV) build output coat_kernels/*.so *.egg-info
+	rm -rf $(VENV) build output coat_kernels/*.so coat_kernels/fatbin *.egg-info

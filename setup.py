@@ -1,7 +1,8 @@
 """Builds `coat_kernels._C` with CMake; pyproject.toml holds everything else.
 
 Without CMake or a C++17 compiler the package installs without the extension and the PyTorch reference serves.
-Set COAT_REQUIRE_NATIVE=1 to make that an error.
+Set COAT_REQUIRE_NATIVE=1 to make that an error. CUDA kernels are compiled where nvcc is found; their sources are installed in any
+case, for NVRTC to compile on the machine that has the GPU.
 """
 
 from __future__ import annotations
@@ -24,6 +25,9 @@ class CMakeBuild(build_ext):
     def build_extension(self, ext: Extension) -> None:
         target = Path(self.get_ext_fullpath(ext.name)).resolve().parent
         build = Path(self.build_temp).resolve() / "cmake"
+        if not self.inplace:  # in place they are found where they lie
+            for folder in ("cuda", "formats"):
+                shutil.copytree(ROOT / "csrc" / folder, target / "csrc" / folder, dirs_exist_ok=True)
         try:
             self._cmake(target, build)
         except (OSError, subprocess.CalledProcessError) as error:

@@ -197,11 +197,12 @@ struct Step {
 
   __device__ static void store_floats(const Row& row, Part* part) {
     store_raw(row.exp_avg, DType::kFloat32, part->first, part->count, from_floats(part->m, DType::kFloat32));
-    if (kMoments == 1) return;
-    for (int j = 0; j < kElements; ++j) {
-      if (float_bits(part->v[j]) == kInfBits && is_finite(part->g[j])) part->v[j] = kFloatMax;
+    if (kMoments == 2) {
+      for (int j = 0; j < kElements; ++j) {
+        if (float_bits(part->v[j]) == kInfBits && is_finite(part->g[j])) part->v[j] = kFloatMax;
+      }
+      store_raw(row.exp_avg_sq, DType::kFloat32, part->first, part->count, from_floats(part->v, DType::kFloat32));
     }
-    store_raw(row.exp_avg_sq, DType::kFloat32, part->first, part->count, from_floats(part->v, DType::kFloat32));
   }
 
   __device__ static void store_codes(const Row& row, int turn, Shared* shared, Part* part) {
@@ -213,11 +214,12 @@ struct Step {
     const uint2 m_codes = encode_signed(shared->tables[0].entry, part->m, bits_float(top[0]));
     store_bytes(row.exp_avg, part->first, part->count, m_codes);
     store_absmax(row.exp_avg_absmax, part->first, part->count, block_size, top[0]);
-    if (kMoments == 1) return;
-    const uint32_t v_top = top[kMoments - 1];
-    const uint2 v_codes = encode_nonzero(shared->tables[kMoments - 1].entry, part->v, bits_float(v_top));
-    store_bytes(row.exp_avg_sq, part->first, part->count, v_codes);
-    store_absmax(row.exp_avg_sq_absmax, part->first, part->count, block_size, v_top);
+    if (kMoments == 2) {
+      const uint32_t v_top = top[kMoments - 1];
+      const uint2 v_codes = encode_nonzero(shared->tables[kMoments - 1].entry, part->v, bits_float(v_top));
+      store_bytes(row.exp_avg_sq, part->first, part->count, v_codes);
+      store_absmax(row.exp_avg_sq_absmax, part->first, part->count, block_size, v_top);
+    }
   }
 
   __device__ static void run(const StepArguments& arguments, Shared* shared) {
