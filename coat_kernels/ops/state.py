@@ -75,7 +75,7 @@ class Moment:
             value = torch.ops.coat_kernels.dequantize_blockwise(codes, absmax, self.group_size, self.signed, torch.float32)
         elif self.codec.quantized:
             amax, k16 = state[f"{self.name}_amax"], state[f"{self.name}_k16"]
-            value = torch.ops.coat_kernels.dequantize_group(codes, amax, k16, self.codec.name, self.group_size, torch.float32)
+            value = torch.ops.coat_kernels.dequantize_group(codes, amax, k16, self.codec.name, self.group_size, torch.float32, shape=shape)
         else:
             value = codes.to(torch.float32)
         return value.view(shape)
