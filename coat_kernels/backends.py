@@ -31,6 +31,7 @@ SUPPORT = (
     OpSupport("adamw_fp8"),
     OpSupport("blockwise_quant", cuda="CUDA"),
     OpSupport("step_8bit", cuda="CUDA"),
+    OpSupport("came_8bit", cuda="CUDA"),
 )
 _GPU_BACKEND = {row.op: row.cuda for row in SUPPORT}
 

@@ -189,6 +189,11 @@ def _read_state(
         value = torch.as_tensor(_entry(saved, name, number))
         if tuple(value.shape) != tuple(state[name].shape):
             raise ValueError(f"{name} of parameter {number} has shape {tuple(value.shape)}; {tuple(state[name].shape)} is needed")
+        if value.dtype != state[name].dtype:
+            raise ValueError(
+                f"{name} of parameter {number} is {value.dtype}; {state[name].dtype} is needed: it was saved in another width (fewer or more "
+                "elements in 8 bits), or cast on the way"
+            )
         state[name].copy_(value)
     unknown = saved.keys() - state.keys() - names
     if unknown:

@@ -6,6 +6,8 @@
 
 #include "../formats/codecs.h"
 #include "../formats/parameters.h"
+#include "blockwise.h"
+#include "came_8bit.h"
 #include "tables.h"
 
 namespace coat {
@@ -79,22 +81,31 @@ struct StepRow {
   uint32_t keys[3];      // of the generator, by stream
 };
 
-// The kernels of one instruction set; each works on groups [begin, end) of its job.
+// The kernels of one instruction set; each works on groups [begin, end) of its job, came_8bit on a whole tensor.
 struct Kernels {
   const char* name;
   void (*quantize)(const QuantizeJob&, int64_t begin, int64_t end);
   void (*dequantize)(const DequantizeJob&, int64_t begin, int64_t end);
   void (*step)(const StepJob&, const StepRow&, int64_t begin, int64_t end);
+  void (*quantize_blockwise)(const QuantizeBlockwiseJob&, int64_t begin, int64_t end);
+  void (*dequantize_blockwise)(const DequantizeBlockwiseJob&, int64_t begin, int64_t end);
+  void (*step_8bit)(const Step8bitJob&, const Step8bitRow&, int64_t begin, int64_t end);
+  void (*came_8bit)(const CameJob&, const CameRow&, float* memory);
 };
 
 constexpr int kBlock = 1024;  // elements that a kernel works on at a time: its buffers stay in L1
 constexpr int kMinGroup = 32, kMaxGroup = 256;
 
-#define COAT_DECLARE_KERNELS(isa)                                        \
-  namespace isa {                                                        \
-  void quantize(const QuantizeJob&, int64_t begin, int64_t end);         \
-  void dequantize(const DequantizeJob&, int64_t begin, int64_t end);     \
-  void step(const StepJob&, const StepRow&, int64_t begin, int64_t end); \
+#define COAT_DECLARE_KERNELS(isa)                                                                                               \
+  namespace isa {                                                                                                               \
+  void quantize(const QuantizeJob&, int64_t begin, int64_t end);                                                                \
+  void dequantize(const DequantizeJob&, int64_t begin, int64_t end);                                                            \
+  void step(const StepJob&, const StepRow&, int64_t begin, int64_t end);                                                        \
+  void quantize_blockwise(const QuantizeBlockwiseJob&, int64_t begin, int64_t end);                                             \
+  void dequantize_blockwise(const DequantizeBlockwiseJob&, int64_t begin, int64_t end);                                         \
+  void step_8bit(const Step8bitJob&, const Step8bitRow&, int64_t begin, int64_t end);                                           \
+  void came_8bit(const CameJob&, const CameRow&, float* memory);                                                                \
+  constexpr Kernels kKernels{#isa, quantize, dequantize, step, quantize_blockwise, dequantize_blockwise, step_8bit, came_8bit}; \
   }
 COAT_DECLARE_KERNELS(generic)
 COAT_DECLARE_KERNELS(avx2)

@@ -21,13 +21,13 @@ const std::vector<Kernels>& supported() {
     __builtin_cpu_init();
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
         __builtin_cpu_supports("avx512vl")) {
-      kernels.push_back({"avx512", avx512::quantize, avx512::dequantize, avx512::step});
+      kernels.push_back(avx512::kKernels);
     }
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) {
-      kernels.push_back({"avx2", avx2::quantize, avx2::dequantize, avx2::step});
+      kernels.push_back(avx2::kKernels);
     }
 #endif
-    kernels.push_back({"generic", generic::quantize, generic::dequantize, generic::step});
+    kernels.push_back(generic::kKernels);
     return kernels;
   }();
   return found;

@@ -81,6 +81,10 @@ COAT_SIMD_INLINE I lookup(Table32 t, I index) { return _mm256_i32gather_epi32(t.
 // lookup(t, index) where m, else otherwise.
 COAT_SIMD_INLINE I lookup_where(M m, Table16 t, I index, I otherwise) { return select(m, lookup(t, index), otherwise); }
 
+// table[index] of a table in memory.
+COAT_SIMD_INLINE F gather(const float* table, I index) { return _mm256_i32gather_ps(table, index, 4); }
+COAT_SIMD_INLINE I gather(const uint32_t* table, I index) { return _mm256_i32gather_epi32(reinterpret_cast<const int*>(table), index, 4); }
+
 // |x| = mantissa * 2^exponent, mantissa in [1, 2). x is normal.
 COAT_SIMD_INLINE void split_normal(F x, F* exponent, F* mantissa) {
   const I bits = as_int(abs(x));

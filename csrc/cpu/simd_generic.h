@@ -90,6 +90,10 @@ COAT_SIMD_INLINE I lookup(Table32 t, I index) {
 // lookup(t, index) where m, else otherwise.
 COAT_SIMD_INLINE I lookup_where(M m, const Table16& t, I index, I otherwise) { return select(m, lookup(t, index), otherwise); }
 
+// table[index] of a table in memory.
+COAT_SIMD_INLINE F gather(const float* table, I index) { return F{table[index[0]], table[index[1]], table[index[2]], table[index[3]]}; }
+COAT_SIMD_INLINE I gather(const uint32_t* table, I index) { return I{table[index[0]], table[index[1]], table[index[2]], table[index[3]]}; }
+
 // |x| = mantissa * 2^exponent, mantissa in [1, 2). x is normal.
 COAT_SIMD_INLINE void split_normal(F x, F* exponent, F* mantissa) {
   const I bits = as_int(abs(x));

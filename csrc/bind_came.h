@@ -1,0 +1,6 @@
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+// Adds CameJob and came_8bit to the module.
+void bind_came(pybind11::module_& m);
