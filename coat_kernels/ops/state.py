@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..formats import num_groups
 from ..formats.codecs import Codec
+from ..formats.reference import round_bfloat16
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ class Moment:
         if self.codec.quantized:
             arrays = torch.ops.coat_kernels.quantize_group(value, self.codec.name, self.group_size, self.signed, "nearest", 0)
             return dict(zip(("", "_amax", "_k16"), arrays, strict=True))
-        return {"": value.to(self.codec.array_dtype)}
+        return {"": round_bfloat16(value) if self.codec.array_dtype == torch.bfloat16 else value.to(torch.float32)}
 
     def decode(self, state: Mapping[str, Tensor], shape: torch.Size) -> Tensor:
         """float32 values of the arrays that `state` holds under this moment's names."""

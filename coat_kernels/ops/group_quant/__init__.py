@@ -24,8 +24,8 @@ LIBRARY.define(
     " -> (Tensor, Tensor, Tensor)"
 )
 LIBRARY.define(
-    "dequantize_group(Tensor codes, Tensor amax, Tensor k16, str codec, int group_size=128, ScalarType dtype=float, *, SymInt[]? shape=None)"
-    " -> Tensor"
+    "dequantize_group(Tensor codes, Tensor amax, Tensor k16, str codec, int group_size=128, ScalarType dtype=float, *, "
+    "SymInt[]? shape=None) -> Tensor"
 )
 
 
