@@ -73,9 +73,13 @@ COAT_SIMD_INLINE I lookup_where(M m, Table16 t, I index, I otherwise) {
   return _mm512_mask_permutexvar_epi32(otherwise, m, index, t.entries);
 }
 
-// table[index] of a table in memory.
-COAT_SIMD_INLINE F gather(const float* table, I index) { return _mm512_i32gather_ps(index, table, 4); }
-COAT_SIMD_INLINE I gather(const uint32_t* table, I index) { return _mm512_i32gather_epi32(index, table, 4); }
+// table[index] of a table in memory. Into zeros: a gather without them waits for the last use of the register it lands in.
+COAT_SIMD_INLINE F gather(const float* table, I index) {
+  return _mm512_mask_i32gather_ps(_mm512_setzero_ps(), 0xFFFF, index, table, 4);
+}
+COAT_SIMD_INLINE I gather(const uint32_t* table, I index) {
+  return _mm512_mask_i32gather_epi32(_mm512_setzero_si512(), 0xFFFF, index, table, 4);
+}
 
 // |x| = mantissa * 2^exponent, mantissa in [1, 2), subnormals included; 0 has exponent -inf and mantissa 1.
 COAT_SIMD_INLINE void split_normal(F x, F* exponent, F* mantissa) {
