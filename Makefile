@@ -5,7 +5,7 @@ RUN := $(VENV)/bin/python
 
 NATIVE_SOURCES := $(shell find csrc -type f) CMakeLists.txt setup.py
 
-.PHONY: demo test study bench bench-micro gpu-check lint format lock clean
+.PHONY: demo test study family-study cameamp-study bench bench-micro gpu-check lint format lock clean
 
 demo: $(VENV)/.built
 	$(RUN) -m coat_train.demo
@@ -15,6 +15,12 @@ test: $(VENV)/.built
 
 study: $(VENV)/.built
 	$(RUN) -m bench.study
+
+family-study: $(VENV)/.built
+	$(RUN) -m bench.study.family
+
+cameamp-study: $(VENV)/.built
+	$(RUN) -m bench.study.cameamp
 
 bench: $(VENV)/.built
 	$(RUN) -m bench

@@ -15,7 +15,9 @@ T* pointer(uintptr_t address) {
 }
 
 void check_codec(int codec, bool quantized_only) {
-  if (codec >= (quantized_only ? 1 : 0) && codec < coat::kNumCodecs) return;
+  const auto id = static_cast<coat::Codec>(codec);
+  const bool known = codec >= 0 && codec < coat::kNumCodecs && id != coat::Codec::kDynamic8;
+  if (known && (coat::is_quantized(id) || !quantized_only)) return;
   throw py::value_error("unknown codec number " + std::to_string(codec) + "; numbers are Codec.index of coat_kernels.formats");
 }
 
@@ -77,6 +79,8 @@ void adamw_fp8(uintptr_t table, int64_t n_tensors, int param_dtype, int grad_dty
   format.exp_avg = static_cast<coat::Codec>(exp_avg_codec);
   format.exp_avg_sq = static_cast<coat::Codec>(exp_avg_sq_codec);
   if (format.exp_avg == coat::Codec::kLog8) throw py::value_error("log8 holds no signs and cannot hold exp_avg; use e4m3 or e5m2");
+  if (format.exp_avg_sq == coat::Codec::kSoftsign8)
+    throw py::value_error("softsign8 is too narrow for exp_avg_sq; use e4m3_expand or log8");
   format.group_size = group_size;
   format.stochastic_exp_avg = stochastic_exp_avg;
   format.stochastic_exp_avg_sq = stochastic_exp_avg_sq;

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..formats import num_groups
 from ..formats.codecs import Codec
+from ..formats.reference import round_bfloat16
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ class Moment:
         if self.codec.quantized:
             arrays = torch.ops.coat_kernels.quantize_group(value, self.codec.name, self.group_size, self.signed, "nearest", 0)
             return dict(zip(("", "_amax", "_k16"), arrays, strict=True))
-        return {"": value.to(self.codec.array_dtype)}
+        return {"": round_bfloat16(value) if self.codec.array_dtype == torch.bfloat16 else value.to(torch.float32)}
 
     def decode(self, state: Mapping[str, Tensor], shape: torch.Size) -> Tensor:
         """float32 values of the arrays that `state` holds under this moment's names."""
@@ -75,7 +76,7 @@ class Moment:
             value = torch.ops.coat_kernels.dequantize_blockwise(codes, absmax, self.group_size, self.signed, torch.float32)
         elif self.codec.quantized:
             amax, k16 = state[f"{self.name}_amax"], state[f"{self.name}_k16"]
-            value = torch.ops.coat_kernels.dequantize_group(codes, amax, k16, self.codec.name, self.group_size, torch.float32)
+            value = torch.ops.coat_kernels.dequantize_group(codes, amax, k16, self.codec.name, self.group_size, torch.float32, shape=shape)
         else:
             value = codes.to(torch.float32)
         return value.view(shape)

@@ -200,12 +200,12 @@ class Automagic_CameAMP_Improved_8Bit(CameOptimizer):
         )
 
     def _grad_l1(self, grads: list[Any]) -> float:
-        """Sum of |g| over the gradients that are there, in the gradients' own unit; infinity if it is not finite."""
+        """Sum of |g| over the gradients that are there, in the gradients' own unit; infinity, which has no effect, for 0 and NaN."""
         present = [local(grad) for grad in grads if grad is not None]
         total = sum(float(torch.stack(norms).sum()) for norms in _norms_by_device(present))
         scale = getattr(self, "grad_scale", None)
         total = total if scale is None else total / float(scale)
-        return total if math.isfinite(total) else math.inf
+        return total if 0 < total < math.inf else math.inf
 
     # ---- report
 

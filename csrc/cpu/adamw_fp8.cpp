@@ -15,11 +15,20 @@ namespace {
 struct Moment {
   const GroupFormat* format;
   float beta;
-  int column;      // in amax and k16
-  void* state;     // of the tensor
-  uint8_t* codes;  // of the block
-  float* values;   // of the block: the state itself where it is not quantized
+  int column;            // in amax and k16
+  ParamStorage storage;  // of the tensor: uint8 codes, or values of its dtype
+  uint8_t* codes;        // of the block
+  float* values;         // of the block: the state itself where it is float32
   Plan plan;
+
+  uint8_t* stored_codes(int64_t first) const { return static_cast<uint8_t*>(storage.data) + (format->packed ? first / 2 : first); }
+};
+
+// Where `advance` finds a group's old values.
+enum class Form {
+  kValues,    // at hand: times beta already if they were codes
+  kTable,     // decoded on the fly, beta folded in
+  kSoftsign,  // likewise
 };
 
 // Where the elements of one block are. Staged arrays are padded with zeros to whole groups.
@@ -45,21 +54,25 @@ struct Workspace {
   alignas(64) uint8_t exp_avg_sq_codes[kBlock];
 };
 
-// The decode table of one moment's group, or null with its values at hand: beta times them where it is quantized.
-const DecodeTable* open_group(const Block& block, const Moment& moment, int group) {
+Form open_group(const Block& block, const Moment& moment, int group) {
   const GroupFormat& format = *moment.format;
   const int n = format.group_size, at = group * n;
-  if (!format.quantized) return nullptr;
+  if (!format.quantized) return Form::kValues;
+  if (format.codec == Codec::kSoftsign8) return Form::kSoftsign;
   const float amax = block.amax(moment, group)[0];
   const uint8_t meta = block.meta(moment, group)[0];
-  if (!out_of_range(format, amax, meta) && !has_nan(format, moment.codes + at)) return &format.decode[meta];
+  if (!out_of_range(format, amax, meta) && !has_nan(format, moment.codes + at)) return Form::kTable;
   decode_group(format, moment.codes + at, amax, meta, moment.beta, moment.values + at);
-  return nullptr;
+  return Form::kValues;
 }
 
-// Advances one group. A moment with kTable is decoded on the fly, with its beta folded in; the values of the other are at hand.
-template <bool kTableM, bool kTableV>
-void advance(Block& block, int group, const DecodeTable* tables_m, const DecodeTable* tables_v) {
+Decoder open_decoder(const Block& block, const Moment& moment, int group) {
+  const DecodeTable& table = moment.format->decode[block.meta(moment, group)[0]];
+  return make_decoder(table, moment.format->low_mask, block.amax(moment, group)[0], moment.beta);
+}
+
+template <Form kM, Form kV>
+void advance(Block& block, int group) {
   const StepJob& job = *block.job;
   Moment &moment_m = block.exp_avg, &moment_v = block.exp_avg_sq;
   const int n = job.exp_avg.group_size, at = group * n;
@@ -71,9 +84,18 @@ void advance(Block& block, int group, const DecodeTable* tables_m, const DecodeT
   const F to_m = set1(job.grad_to_exp_avg), to_root_v = set1(job.grad_to_root_sq);
   const F decay = set1(job.decay), eps = set1(job.eps), step_size = set1(block.row->step_size);
   const F inv_bias2_root = set1(block.row->inv_bias2_root);
-  Decoder decode_m, decode_v;
-  if (kTableM) decode_m = make_decoder(*tables_m, job.exp_avg.low_mask, block.amax(moment_m, group)[0], job.beta1);
-  if (kTableV) decode_v = make_decoder(*tables_v, job.exp_avg_sq.low_mask, block.amax(moment_v, group)[0], job.beta2);
+  Decoder table_m, table_v;
+  SoftsignDecoder softsign_m;
+  if (kM == Form::kTable) table_m = open_decoder(block, moment_m, group);
+  if (kV == Form::kTable) table_v = open_decoder(block, moment_v, group);
+  if (kM == Form::kSoftsign) softsign_m = make_softsign_decoder(block.amax(moment_m, group)[0], job.beta1);
+  const auto old_m = [&](int e) __attribute__((always_inline)) {
+    if (kM == Form::kTable) return decode(table_m, codes_m + e);
+    return kM == Form::kSoftsign ? decode(softsign_m, codes_m + e) : mul(beta1, load(exp_avg + e));
+  };
+  const auto old_v = [&](int e) __attribute__((always_inline)) {
+    return kV == Form::kTable ? decode(table_v, codes_v + e) : mul(beta2, load(exp_avg_sq + e));
+  };
   I max_m = set1(0), max_v = set1(0), min_m = set1(-1), min_v = set1(-1);
   // Two vectors side by side, so that the next roots start while quotients are under way: 5 % of a step.
   constexpr int kWide = 2;
@@ -82,8 +104,8 @@ void advance(Block& block, int group, const DecodeTable* tables_m, const DecodeT
     for (int w = 0; w < kWide; ++w) {
       const int e = i + w * kLanes;
       const F g = load(grad + e), root = mul(to_root_v, g);
-      m[w] = fma(to_m, g, kTableM ? decode(decode_m, codes_m + e) : mul(beta1, load(exp_avg + e)));
-      v[w] = fma(root, root, kTableV ? decode(decode_v, codes_v + e) : mul(beta2, load(exp_avg_sq + e)));
+      m[w] = fma(to_m, g, old_m(e));
+      v[w] = fma(root, root, old_v(e));
     }
     for (int w = 0; w < kWide; ++w) denominator[w] = fma(sqrt(v[w]), inv_bias2_root, eps);
     for (int w = 0; w < kWide; ++w) {
@@ -122,56 +144,73 @@ void hold_overflow(Block& block, int group) {
   block.exp_avg_sq.plan.min_bits[group] = stats.min_bits;
 }
 
+template <Form kM>
+void advance(Block& block, int group, Form v) {
+  v == Form::kTable ? advance<kM, Form::kTable>(block, group) : advance<kM, Form::kValues>(block, group);
+}
+
 void advance_block(Block& block) {
   for (int group = 0; group < block.groups; ++group) {
-    const DecodeTable *m = open_group(block, block.exp_avg, group), *v = open_group(block, block.exp_avg_sq, group);
-    if (m != nullptr && v != nullptr) {
-      advance<true, true>(block, group, m, v);
-    } else if (m != nullptr) {
-      advance<true, false>(block, group, m, v);
-    } else if (v != nullptr) {
-      advance<false, true>(block, group, m, v);
+    const Form m = open_group(block, block.exp_avg, group), v = open_group(block, block.exp_avg_sq, group);
+    if (m == Form::kTable) {
+      advance<Form::kTable>(block, group, v);
+    } else if (m == Form::kSoftsign) {
+      advance<Form::kSoftsign>(block, group, v);
     } else {
-      advance<false, false>(block, group, m, v);
+      advance<Form::kValues>(block, group, v);
     }
     if (block.exp_avg_sq.plan.max_bits[group] >= kInfBits) hold_overflow(block, group);
   }
 }
 
 // Encodes one moment; meanwhile the next block's part of `next` (the parameter or the gradient) and of the codes comes in.
-void encode_block(Block& block, Moment* moment, const void* next, DType dtype, uint32_t key) {
+void encode_block(Block& block, Moment* moment, const void* next, DType dtype) {
   if (!moment->format->quantized) return;
   const int n = moment->format->group_size;
-  const Upcoming values{static_cast<const char*>(at(next, dtype, block.first + block.padded)), n * dtype_size(dtype)};
-  const Upcoming codes{static_cast<const char*>(moment->state) + block.first + block.padded, n};
-  const Destination to{moment->codes, block.amax(*moment, 0), block.meta(*moment, 0), 2, key, block.first, {values, codes}};
+  const int64_t end = block.first + block.padded;
+  const Upcoming values{static_cast<const char*>(at(next, dtype, end)), n * dtype_size(dtype)};
+  const Upcoming codes{reinterpret_cast<const char*>(moment->stored_codes(end)), moment->format->packed ? n / 2 : n};
+  const Destination to{moment->codes, block.amax(*moment, 0), block.meta(*moment, 0), 2, moment->storage.key, block.first, {values, codes}};
   encode_groups(*moment->format, &moment->plan, moment->values, block.groups, to);
 }
 
-// Points a moment at its state, or at padded copies where the block ends in a short group.
+// Points a moment at its state, or at copies where the block ends in a short group, codes share bytes or values are bfloat16.
 void open_moment(const Block& block, uint8_t* codes, float* values, Moment* moment) {
-  const bool quantized = moment->format->quantized, whole = block.count == block.padded;
-  uint8_t* const stored_codes = static_cast<uint8_t*>(moment->state) + block.first;
-  float* const stored_values = static_cast<float*>(moment->state) + block.first;
-  moment->codes = quantized && whole ? stored_codes : codes;
-  moment->values = !quantized && whole ? stored_values : values;
-  if (whole) return;
-  if (quantized) {
-    memset(codes, 0, static_cast<size_t>(block.padded));
-    memcpy(codes, stored_codes, static_cast<size_t>(block.count));
-  } else {
-    load_floats(stored_values, DType::kFloat32, block.count, block.padded, values);
+  if (!moment->format->quantized) {
+    moment->values = open_params(moment->storage, block.first, block.count, block.padded, values);
+    return;
+  }
+  moment->values = values;
+  uint8_t* const stored = moment->stored_codes(block.first);
+  const bool whole = block.count == block.padded;
+  moment->codes = whole && !moment->format->packed ? stored : codes;
+  if (!whole) memset(codes, 0, static_cast<size_t>(block.padded));
+  if (moment->format->packed) {
+    unpack_codes(stored, block.count, codes);
+  } else if (!whole) {
+    memcpy(codes, stored, static_cast<size_t>(block.count));
   }
 }
 
 void close_moment(const Block& block, const Moment& moment) {
-  if (block.count == block.padded) return;
-  const size_t count = static_cast<size_t>(block.count);
-  if (moment.format->quantized) {
-    memcpy(static_cast<uint8_t*>(moment.state) + block.first, moment.codes, count);
-  } else {
-    memcpy(static_cast<float*>(moment.state) + block.first, moment.values, count * 4);
+  if (!moment.format->quantized) {
+    if (moment.storage.dtype == DType::kBFloat16) hold_in_bfloat16(block.count, moment.values);
+    close_params(moment.storage, block.first, block.count, moment.values);
+  } else if (moment.format->packed) {
+    pack_codes(moment.codes, block.count, moment.stored_codes(block.first));
+  } else if (block.count < block.padded) {
+    memcpy(moment.stored_codes(block.first), moment.codes, static_cast<size_t>(block.count));
   }
+}
+
+Moment make_moment(const GroupFormat& format, float beta, int column, void* state, uint32_t key) {
+  Moment moment{};
+  moment.format = &format;
+  moment.beta = beta;
+  moment.column = column;
+  const ParamRounding rounding = format.stochastic ? ParamRounding::kStochastic : ParamRounding::kNearest;
+  moment.storage = {state, format.codec == Codec::kBFloat16 ? DType::kBFloat16 : DType::kFloat32, rounding, nullptr, key};
+  return moment;
 }
 
 }  // namespace
@@ -183,14 +222,8 @@ void step(const StepJob& job, const StepRow& row, int64_t begin, int64_t end) {
   Block block{};
   block.job = &job;
   block.row = &row;
-  block.exp_avg.format = &job.exp_avg;
-  block.exp_avg.beta = job.beta1;
-  block.exp_avg.column = 0;
-  block.exp_avg_sq.format = &job.exp_avg_sq;
-  block.exp_avg_sq.beta = job.beta2;
-  block.exp_avg_sq.column = 1;
-  block.exp_avg.state = row.exp_avg;
-  block.exp_avg_sq.state = row.exp_avg_sq;
+  block.exp_avg = make_moment(job.exp_avg, job.beta1, 0, row.exp_avg, row.keys[kStreamExpAvg]);
+  block.exp_avg_sq = make_moment(job.exp_avg_sq, job.beta2, 1, row.exp_avg_sq, row.keys[kStreamExpAvgSq]);
   for (int64_t group = begin; group < end; group += kBlock / n) {
     block.first_group = group;
     block.first = group * n;
@@ -202,8 +235,8 @@ void step(const StepJob& job, const StepRow& row, int64_t begin, int64_t end) {
     open_moment(block, space.exp_avg_codes, space.exp_avg, &block.exp_avg);
     open_moment(block, space.exp_avg_sq_codes, space.exp_avg_sq, &block.exp_avg_sq);
     advance_block(block);
-    encode_block(block, &block.exp_avg, row.param, job.param_dtype, row.keys[kStreamExpAvg]);
-    encode_block(block, &block.exp_avg_sq, row.grad, job.grad_dtype, row.keys[kStreamExpAvgSq]);
+    encode_block(block, &block.exp_avg, row.param, job.param_dtype);
+    encode_block(block, &block.exp_avg_sq, row.grad, job.grad_dtype);
     close_moment(block, block.exp_avg);
     close_moment(block, block.exp_avg_sq);
     close_params(params, block.first, block.count, block.param);

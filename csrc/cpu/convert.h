@@ -45,6 +45,14 @@ static inline void store_floats(const float* x, int count, DType dtype, void* ou
   for (; i < count; ++i) half[i] = to_dtype(x[i], dtype);
 }
 
+// Finite values that would round to an infinite bfloat16 become the largest finite one.
+static inline void hold_in_bfloat16(int count, float* x) {
+  for (int i = 0; i < count; ++i) {
+    const uint32_t bits = float_bits(x[i]), magnitude = bits & kAbsMask;
+    x[i] = magnitude < kInfBits && magnitude > kBFloat16MaxBits ? bits_float((bits & ~kAbsMask) | kBFloat16MaxBits) : x[i];
+  }
+}
+
 // x, rounded stochastically to a 16-bit dtype; first is the index of x[0] in its tensor.
 static inline void store_stochastic(const float* x, int count, DType dtype, uint32_t key, int64_t first, void* out) {
   auto* half = static_cast<uint16_t*>(out);

@@ -43,6 +43,9 @@ COAT_SIMD_INLINE void store_codes(uint8_t* codes, int n, CodeOf code_of) {
   for (; i < n; i += kLanes) store_u8(codes + i, code_of(i));
 }
 
+// 256 times the random number in (0, 1) of the elements whose noise this is.
+COAT_SIMD_INLINE F draw(const uint8_t* noise) { return sub(set1(255.5f), to_float(load_u8(noise))); }
+
 COAT_SIMD_INLINE M is_zero(F x) { return no_bits(as_int(x), set1(static_cast<int32_t>(kAbsMask))); }
 
 template <bool kCareful, bool kSigned>
@@ -84,6 +87,41 @@ COAT_SIMD_INLINE void encode_log8(const Coefficients& k, const DitherTable& dith
   });
 }
 
+// Every magnitude of x stays in float32's normal range beside amax. noise as for log8.
+template <bool kKeep, bool kStochastic>
+COAT_SIMD_INLINE void encode_softsign8(float amax, const float* x, int n, const uint8_t* noise, uint8_t* codes) {
+  const F top = set1(amax), odds_unit = set1(256.0f / 254.0f / amax);
+  const I byte = set1(0xFF);
+  const F magic = set1(1.5f * kFixedMagic);  // adding it leaves a signed integer, rounded to even, in the low byte
+  store_codes(codes, n, [&](int i) __attribute__((always_inline)) {
+    const F value = load(x + i), magnitude = abs(value), sum = add(magnitude, top);
+    if (!kKeep && !kStochastic) return and_(as_int(add(mul(div(value, sum), set1(254.0f)), magic)), byte);
+    const F y = mul(div(magnitude, sum), set1(254.0f));
+    I code;
+    if (kStochastic) {
+      code = truncate(y);
+      const F below = to_float(code);
+      const F odds = mul(mul(sub(y, below), sub(set1(253.0f), below)), mul(sum, odds_unit));  // of 256
+      code = add(code, select(less(draw(noise + i), odds), set1(1), set1(0)));
+    } else {
+      code = and_(as_int(add(y, magic)), byte);
+    }
+    if (kKeep) code = zero_where(is_zero(value), umax(code, set1(1)));
+    const I sign = shr<31>(as_int(value));
+    return and_(add(xor_(code, sub(set1(0), sign)), sign), byte);
+  });
+}
+
+// encode_softsign8 as the format asks for it.
+static inline void encode_softsign8(const GroupFormat& format, float amax, const float* x, const uint8_t* noise, uint8_t* codes) {
+  const int n = format.group_size;
+  if (format.keep_nonzero) {
+    format.stochastic ? encode_softsign8<true, true>(amax, x, n, noise, codes) : encode_softsign8<true, false>(amax, x, n, noise, codes);
+  } else {
+    format.stochastic ? encode_softsign8<false, true>(amax, x, n, noise, codes) : encode_softsign8<false, false>(amax, x, n, noise, codes);
+  }
+}
+
 static inline void encode_plain(const GroupFormat& format, const float* x, float amax, uint8_t* codes) {
   const CodecSpec spec = codec_spec(format.codec);
   const float scale = amax / spec.max;
@@ -106,8 +144,8 @@ static inline void encode_plain(const GroupFormat& format, const float* x, float
   });
 }
 
-// Replaces nearest FP8 codes by stochastic ones.
-static inline void dither_fp8(const GroupFormat& format, const float* x, float amax, uint8_t meta, const uint8_t* noise, uint8_t* codes) {
+// Replaces nearest codes of small floats by stochastic ones.
+static inline void dither_float(const GroupFormat& format, const float* x, float amax, uint8_t meta, const uint8_t* noise, uint8_t* codes) {
   float values[128];
   for (int code = 0; code < 128; ++code) values[code] = decode_exact(format.codec, amax, meta, static_cast<uint8_t>(code));
   for (int i = 0; i < format.group_size; ++i) {
@@ -123,6 +161,26 @@ static inline void dither_fp8(const GroupFormat& format, const float* x, float a
     if (format.keep_nonzero && magnitude > 0 && code == 0) code = 1;
     codes[i] = static_cast<uint8_t>(code | (code > 0 && x[i] < 0 ? 0x80 : 0));
   }
+}
+
+// dither_float for e2m1, whose few values are looked up. The smallest is at least kMinLookedUp: then 256 over a step is finite.
+constexpr float kMinLookedUp = 7.8886091e-31f;  // 2^-100
+
+static inline void dither_e2m1(const GroupFormat& format, const float* x, float amax, uint8_t meta, const uint8_t* noise, uint8_t* codes) {
+  alignas(64) float values[16] = {}, per_step[16] = {};
+  for (int code = 0; code <= format.max_code; ++code) values[code] = format.decode[meta].low[code] * amax;
+  for (int code = 0; code < format.max_code; ++code) per_step[code] = 256.0f / (values[code + 1] - values[code]);
+  const Table16 value_of = load16(values), per_step_of = load16(per_step);
+  const I keep = set1(format.keep_nonzero ? 1 : 0);
+  store_codes(codes, format.group_size, [&](int i) __attribute__((always_inline)) {
+    const F value = load(x + i), magnitude = abs(value);
+    const I nearest = and_(load_u8(codes + i), set1(7));
+    const I below = sub(nearest, select(less(magnitude, as_float(lookup(value_of, nearest))), set1(1), set1(0)));
+    const F odds = mul(sub(magnitude, as_float(lookup(value_of, below))), as_float(lookup(per_step_of, below)));
+    I code = umax(add(below, select(less(draw(noise + i), odds), set1(1), set1(0))), keep);
+    code = zero_where(is_zero(value), zero_where(less(set1(static_cast<int32_t>(kInfBits) - 1), as_int(magnitude)), code));
+    return zero_where(no_bits(code, set1(7)), insert_sign(code, value));
+  });
 }
 
 // 255 - the random byte of elements first .. first + n - 1; both are multiples of 32, as groups are.
@@ -149,7 +207,7 @@ static inline uint32_t smallest_nonzero(const float* x, int n) {
   return out[2] + 1;
 }
 
-// One group of any finite or non-finite values, nearest for FP8.
+// One group of any finite or non-finite values, nearest for small floats.
 static inline void encode_carefully(const GroupFormat& format, const float* x, GroupStats stats, const uint8_t* noise, uint8_t* codes,
                                     float* amax, uint8_t* meta) {
   const int n = format.group_size;
@@ -167,6 +225,10 @@ static inline void encode_carefully(const GroupFormat& format, const float* x, G
   constexpr float one = 1 << kFraction;
   if (stats.max_bits == 0) {
     memset(codes, 0, static_cast<size_t>(n));
+  } else if (format.codec == Codec::kSoftsign8) {
+    const double top = *amax;
+    for (int i = 0; i < n; ++i) finite[i] = static_cast<float>(x[i] / top);
+    encode_softsign8(format, 1.0f, finite, noise, codes);
   } else if (format.codec == Codec::kLog8) {
     careful_coefficients(250 * one / static_cast<float>(*meta), 255 * one, *amax, c);
     if (format.stochastic) {
@@ -181,9 +243,8 @@ static inline void encode_carefully(const GroupFormat& format, const float* x, G
     encode_plain(format, x, *amax, codes);
   }
   if (x == given) return;
-  const uint8_t nan_code = format.codec == Codec::kLog8 ? 0 : kNanCode;
   for (int i = 0; i < n; ++i) {
-    if (!is_finite(given[i])) codes[i] = nan_code;
+    if (!is_finite(given[i])) codes[i] = format.nan_code;
   }
 }
 
@@ -223,6 +284,10 @@ static inline void encode_groups(const GroupFormat& format, Plan* plan, const fl
     run([&](int g, const float* values, uint8_t* codes, const uint8_t* random) __attribute__((always_inline)) {
       encode_log8<false, false>(coefficients(g), format.dither[plan->meta[g]], values, n, random, codes);
     });
+  } else if (format.codec == Codec::kSoftsign8) {
+    run([&](int g, const float* values, uint8_t* codes, const uint8_t* random) {
+      encode_softsign8(format, bits_float(plan->max_bits[g]), values, random, codes);
+    });
   } else if (!format.expand) {
     run([&](int g, const float* values, uint8_t* codes, const uint8_t*) {
       encode_plain(format, values, bits_float(plan->max_bits[g]), codes);
@@ -234,10 +299,13 @@ static inline void encode_groups(const GroupFormat& format, Plan* plan, const fl
     run([&](int g, const float* values, uint8_t* codes, const uint8_t*)
             __attribute__((always_inline)) { encode_expanded<false, false>(coefficients(g), *format.buckets, values, n, codes); });
   }
-  if (!format.stochastic || format.codec == Codec::kLog8) return;
+  if (!format.stochastic || !is_small_float(format.codec)) return;
   for (int g = 0; g < groups; ++g) {
-    if (plan->max_bits[g] > 0)
-      dither_fp8(format, x + g * n, to.amax[g * to.stride], to.meta[g * to.stride], noise + g * n, to.codes + g * n);
+    const float amax = to.amax[g * to.stride];
+    const uint8_t meta = to.meta[g * to.stride];
+    if (amax == 0) continue;
+    const bool looked_up = format.packed && amax * format.decode[meta].low[1] >= kMinLookedUp;
+    (looked_up ? dither_e2m1 : dither_float)(format, x + g * n, amax, meta, noise + g * n, to.codes + g * n);
   }
 }
 

@@ -21,9 +21,13 @@ void quantize(const QuantizeJob& job, int64_t begin, int64_t end) {
       plan.max_bits[g] = stats.max_bits;
       plan.min_bits[g] = stats.min_bits;
     }
-    uint8_t* const out = count < padded ? codes : job.codes + first;
+    uint8_t* const out = count < padded || job.format.packed ? codes : job.codes + first;
     encode_groups(job.format, &plan, x, groups, {out, job.amax + group, job.k16 + group, 1, job.key, first, {}});
-    if (count < padded) memcpy(job.codes + first, codes, static_cast<size_t>(count));
+    if (job.format.packed) {
+      pack_codes(codes, count, job.codes + first / 2);
+    } else if (count < padded) {
+      memcpy(job.codes + first, codes, static_cast<size_t>(count));
+    }
   }
 }
 
@@ -34,8 +38,14 @@ void dequantize(const DequantizeJob& job, int64_t begin, int64_t end) {
   for (int64_t group = begin; group < end; ++group) {
     const int64_t first = group * size;
     const int count = static_cast<int>(job.numel - first < size ? job.numel - first : size);
-    const uint8_t* in = job.codes + first;
-    if (count < size) in = static_cast<const uint8_t*>(memcpy(codes, in, static_cast<size_t>(count)));
+    const uint8_t* in = codes;
+    if (job.format.packed) {
+      unpack_codes(job.codes + first / 2, count, codes);
+    } else if (count < size) {
+      memcpy(codes, job.codes + first, static_cast<size_t>(count));
+    } else {
+      in = job.codes + first;
+    }
     decode_group(job.format, in, job.amax[group], job.k16[group], 1.0f, x);
     store_floats(x, count, job.out_dtype, at(job.out, job.out_dtype, first));
   }

@@ -15,7 +15,8 @@ namespace coat {
 // How one array of groups is encoded. Table pointers are null where the codec has no use for them.
 struct GroupFormat {
   Codec codec;
-  bool quantized;     // false: float32 values, no codes
+  bool quantized;     // false: values, no codes
+  bool packed;        // two codes a byte
   bool has_signs;     // false promises values >= 0
   bool keep_nonzero;  // no non-zero value takes code 0
   bool stochastic;
@@ -24,8 +25,9 @@ struct GroupFormat {
   int range_q15;
   int max_code;
   int low_mask;
-  const DecodeTable* decode;   // [256] by metadata byte
-  const BucketTable* buckets;  // e4m3, e5m2
+  uint8_t nan_code;            // of a non-finite element
+  const DecodeTable* decode;   // [256] by metadata byte; softsign8 has none
+  const BucketTable* buckets;  // e4m3, e5m2, e2m1
   const DitherTable* dither;   // log8: [256] by metadata byte
 };
 

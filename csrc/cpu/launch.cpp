@@ -106,7 +106,8 @@ void use_isa(const std::string& name) {
 GroupFormat make_format(Codec codec, int group_size, bool has_signs, bool keep_nonzero, bool stochastic) {
   GroupFormat format{};
   format.codec = codec;
-  format.quantized = codec != Codec::kFloat32;
+  format.quantized = is_quantized(codec);
+  format.packed = is_e2m1(codec);
   format.has_signs = has_signs;
   format.keep_nonzero = keep_nonzero;
   format.stochastic = stochastic;
@@ -116,7 +117,8 @@ GroupFormat make_format(Codec codec, int group_size, bool has_signs, bool keep_n
   format.max_code = codec_spec(codec).max_code;
   format.low_mask = codec == Codec::kLog8 ? kLog8LowMask : kFp8LowMask;
   if (format.quantized) format.decode = decode_tables(codec);
-  if (is_fp8(codec)) format.buckets = &bucket_table(codec);
+  format.nan_code = is_fp8(codec) ? kNanCode : 0;
+  if (is_small_float(codec)) format.buckets = &bucket_table(codec);
   if (codec == Codec::kLog8) format.dither = dither_tables();
   return format;
 }

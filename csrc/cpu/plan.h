@@ -47,8 +47,21 @@ COAT_SIMD_INLINE I log8_meta(I spread) {
   return umin(umax(j, set1(1)), set1(255));
 }
 
+// softsign8: the sums and products of its encoder stay in float32's normal range between these maxima.
+constexpr int32_t kSoftsignMinBits = (127 - 100) << 23, kSoftsignMaxBits = (127 + 100) << 23;
+
+static inline void plan_softsign(int groups, Plan* plan) {
+  for (int g = 0; g < groups; g += kLanes) {
+    const I max_bits = load(plan->max_bits + g);
+    const I not_small = select(less(max_bits, set1(kSoftsignMinBits)), set1(0), set1(1));
+    store(plan->fast + g, zero_where(less(set1(kSoftsignMaxBits), max_bits), not_small));
+    store(plan->meta + g, set1(kUnitMeta));
+  }
+}
+
 // Fills meta, fast and the coefficients of the first `groups` groups.
 static inline void make_plan(const GroupFormat& format, int groups, Plan* plan) {
+  if (format.codec == Codec::kSoftsign8) return plan_softsign(groups, plan);
   const bool log8 = format.codec == Codec::kLog8;
   constexpr float one = 1 << kFraction;
   for (int g = 0; g < groups; g += kLanes) {

@@ -102,6 +102,7 @@ COAT_SIMD_INLINE void split_any(F x, F* exponent, F* mantissa) {
 COAT_SIMD_INLINE I insert_sign(I code, F x) { return _mm256_or_si256(code, and_(shr<24>(as_int(x)), set1(0x80))); }
 
 COAT_SIMD_INLINE I load_u8(const uint8_t* p) { return _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))); }
+COAT_SIMD_INLINE I load_i8(const uint8_t* p) { return _mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))); }
 COAT_SIMD_INLINE __m128i narrow(I a) { return _mm_packus_epi32(_mm256_castsi256_si128(a), _mm256_extracti128_si256(a, 1)); }
 COAT_SIMD_INLINE void store_u8(uint8_t* p, I a) {
   const __m128i words = narrow(a);

@@ -94,6 +94,7 @@ COAT_SIMD_INLINE I insert_sign(I code, F x) {
 }
 
 COAT_SIMD_INLINE I load_u8(const uint8_t* p) { return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
+COAT_SIMD_INLINE I load_i8(const uint8_t* p) { return _mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
 // The low bytes of one or of four vectors of values in 0..255.
 COAT_SIMD_INLINE void store_u8(uint8_t* p, I a) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(a)); }
 COAT_SIMD_INLINE void store_u8(uint8_t* p, I a, I b, I c, I d) {

@@ -110,6 +110,7 @@ COAT_SIMD_INLINE void split_any(F x, F* exponent, F* mantissa) {
 COAT_SIMD_INLINE I insert_sign(I code, F x) { return code | ((as_int(x) >> 24) & set1(0x80)); }
 
 COAT_SIMD_INLINE I load_u8(const uint8_t* p) { return I{p[0], p[1], p[2], p[3]}; }
+COAT_SIMD_INLINE I load_i8(const uint8_t* p) { return (load_u8(p) ^ set1(0x80)) - set1(0x80); }
 COAT_SIMD_INLINE void store_u8(uint8_t* p, I a) {
   for (int i = 0; i < kLanes; ++i) p[i] = static_cast<uint8_t>(a[i]);
 }

@@ -1,14 +1,15 @@
 #include "tables.h"
 
 #include <cmath>
+#include <cstdlib>
 #include <limits>
 #include <memory>
 
 namespace coat {
 namespace {
 
-// Value of a finite FP8 code, the NaN codes read as if they were finite.
-double fp8_value(const CodecSpec& spec, int magnitude_code) {
+// Value of a small float's finite code, NaN codes and those past the format's end read as if they were finite.
+double code_value(const CodecSpec& spec, int magnitude_code) {
   const int exponent = magnitude_code >> spec.mantissa_bits, mantissa = magnitude_code & ((1 << spec.mantissa_bits) - 1);
   const int implicit = exponent > 0 ? 1 << spec.mantissa_bits : 0;
   return std::ldexp(static_cast<double>(implicit + mantissa), (exponent > 0 ? exponent : 1) - spec.bias - spec.mantissa_bits);
@@ -18,7 +19,7 @@ double fp8_value(const CodecSpec& spec, int magnitude_code) {
 double code_log2(Codec codec, int magnitude_code) {
   if (codec == Codec::kLog8) return magnitude_code - 255;
   const CodecSpec spec = codec_spec(codec);
-  return std::log2(fp8_value(spec, magnitude_code) / static_cast<double>(spec.max));
+  return std::log2(code_value(spec, magnitude_code) / static_cast<double>(spec.max));
 }
 
 void fill_fp8(Codec codec, double k, DecodeTable* table) {
@@ -34,6 +35,13 @@ void fill_fp8(Codec codec, double k, DecodeTable* table) {
   for (int low = 0; low < 16; ++low) {
     table->lo[low] = static_cast<float>(std::exp2(log2_of(top_high * 16 + low)));
     table->low[low] = low == 0 ? 0.0f : static_cast<float>(std::exp2(log2_of(low) + top_high * octaves));
+  }
+}
+
+void fill_e2m1(Codec codec, double k, DecodeTable* table) {
+  for (int i = 0; i < 16; ++i) {
+    table->hi[i] = i < 8 ? 1.0f : -1.0f;
+    table->lo[i] = table->low[i] = i == 0 || i > 7 ? 0.0f : static_cast<float>(std::exp2(code_log2(codec, i) / k));
   }
 }
 
@@ -57,7 +65,11 @@ DecodeTable* make_decode_tables(Codec codec) {
       smallest = -254 * value / 250;
     } else {
       const double k = spec.expand ? value / 16 : 1.0;
-      fill_fp8(codec, k, &tables[meta]);
+      if (is_e2m1(codec)) {
+        fill_e2m1(codec, k, &tables[meta]);
+      } else {
+        fill_fp8(codec, k, &tables[meta]);
+      }
       smallest = code_log2(codec, 1) / k;
     }
     tables[meta].exact_below = smallest < -100 ? std::numeric_limits<float>::infinity() : static_cast<float>(std::exp2(-120 - smallest));
@@ -65,8 +77,15 @@ DecodeTable* make_decode_tables(Codec codec) {
   return tables;
 }
 
+// Kept until the process ends: 256 tables of 256 bytes for each codec in use.
+template <Codec codec>
+const DecodeTable* kept_decode_tables() {
+  static const DecodeTable* const tables = make_decode_tables(codec);
+  return tables;
+}
+
 // Origin of the buckets: in (0.0236, 0.0792] every bucket of e4m3 holds one boundary log2(1 + (2m + 1) / 16); in
-// (-0.0406, 0.1569] every bucket of e5m2 does.
+// (-0.0406, 0.1569] every bucket of e5m2 does, in (-0.1781, 0.3073] every one of e2m1.
 constexpr double kBucketOffset = 0.05;
 
 BucketTable make_bucket_table(Codec codec) {
@@ -81,7 +100,7 @@ BucketTable make_bucket_table(Codec codec) {
   const int32_t magic_bits = static_cast<int32_t>(float_bits(kFixedMagic));
   table.low_end = magic_bits + low_buckets * one;
   const auto boundary = [&](int code) {  // in buckets: where 2^y is halfway between code and code + 1
-    return (std::log2((fp8_value(spec, code) + fp8_value(spec, code + 1)) / 2) - y0) * per_octave;
+    return (std::log2((code_value(spec, code) + code_value(spec, code + 1)) / 2) - y0) * per_octave;
   };
   const auto entry = [&](int bucket) {
     int code = 0;
@@ -117,7 +136,11 @@ DitherTable* make_dither_tables() {
 
 float decode_exact(Codec codec, float amax, uint8_t meta, uint8_t code) {
   const CodecSpec spec = codec_spec(codec);
-  const int magnitude = is_fp8(codec) ? code & 0x7F : code;
+  if (codec == Codec::kSoftsign8) {
+    const int number = static_cast<int8_t>(code);
+    return static_cast<float>(static_cast<double>(amax) * number / (254 - std::abs(number)));
+  }
+  const int magnitude = is_small_float(codec) ? code & 0x7F : code;
   if (magnitude == 0) return 0.0f;
   if (codec == Codec::kLog8) return static_cast<float>(static_cast<double>(amax) * std::exp2(code_log2(codec, code) * meta / 250));
   double value;
@@ -126,41 +149,36 @@ float decode_exact(Codec codec, float amax, uint8_t meta, uint8_t code) {
   } else if (spec.expand) {
     value = static_cast<double>(amax) * std::exp2(code_log2(codec, magnitude) * 16 / (meta > 0 ? meta : 1));
   } else {
-    value = fp8_value(spec, magnitude) * static_cast<double>(amax / spec.max);
+    value = code_value(spec, magnitude) * static_cast<double>(amax / spec.max);
   }
   return static_cast<float>(code & 0x80 ? -value : value);
 }
 
 const DecodeTable* decode_tables(Codec codec) {
-  // Kept until the process ends: 256 tables of 256 bytes for each codec in use.
   switch (codec) {
-    case Codec::kE4M3: {
-      static const DecodeTable* const tables = make_decode_tables(Codec::kE4M3);
-      return tables;
-    }
-    case Codec::kE4M3Expand: {
-      static const DecodeTable* const tables = make_decode_tables(Codec::kE4M3Expand);
-      return tables;
-    }
-    case Codec::kE5M2: {
-      static const DecodeTable* const tables = make_decode_tables(Codec::kE5M2);
-      return tables;
-    }
-    case Codec::kE5M2Expand: {
-      static const DecodeTable* const tables = make_decode_tables(Codec::kE5M2Expand);
-      return tables;
-    }
-    case Codec::kLog8: {
-      static const DecodeTable* const tables = make_decode_tables(Codec::kLog8);
-      return tables;
-    }
+    case Codec::kE4M3:
+      return kept_decode_tables<Codec::kE4M3>();
+    case Codec::kE4M3Expand:
+      return kept_decode_tables<Codec::kE4M3Expand>();
+    case Codec::kE5M2:
+      return kept_decode_tables<Codec::kE5M2>();
+    case Codec::kE5M2Expand:
+      return kept_decode_tables<Codec::kE5M2Expand>();
+    case Codec::kLog8:
+      return kept_decode_tables<Codec::kLog8>();
+    case Codec::kE2M1:
+      return kept_decode_tables<Codec::kE2M1>();
+    case Codec::kE2M1Expand:
+      return kept_decode_tables<Codec::kE2M1Expand>();
     default:
       return nullptr;
   }
 }
 
 const BucketTable& bucket_table(Codec codec) {
-  static const BucketTable e4m3 = make_bucket_table(Codec::kE4M3), e5m2 = make_bucket_table(Codec::kE5M2);
+  static const BucketTable e4m3 = make_bucket_table(Codec::kE4M3), e5m2 = make_bucket_table(Codec::kE5M2),
+                           e2m1 = make_bucket_table(Codec::kE2M1);
+  if (is_e2m1(codec)) return e2m1;
   return codec_spec(codec).mantissa_bits == 3 ? e4m3 : e5m2;
 }
 

@@ -15,9 +15,21 @@
 
 namespace coat {
 
-enum class Codec : int { kFloat32 = 0, kE4M3 = 1, kE4M3Expand = 2, kE5M2 = 3, kE5M2Expand = 4, kLog8 = 5 };
+enum class Codec : int {
+  kFloat32 = 0,
+  kE4M3 = 1,
+  kE4M3Expand = 2,
+  kE5M2 = 3,
+  kE5M2Expand = 4,
+  kLog8 = 5,
+  kDynamic8 = 6,  // of blocks, dynamic8.h; no codec of groups
+  kSoftsign8 = 7,
+  kE2M1 = 8,
+  kE2M1Expand = 9,
+  kBFloat16 = 10,
+};
 
-constexpr int kNumCodecs = 6;
+constexpr int kNumCodecs = 11;
 constexpr uint32_t kAbsMask = 0x7FFFFFFFu;
 constexpr uint32_t kInfBits = 0x7F800000u;
 constexpr uint32_t kNanBits = 0x7FC00000u;
@@ -52,12 +64,22 @@ COAT_INLINE CodecSpec codec_spec(Codec codec) {
       return {2, 15, 0x7B, 57344.0f, true, 16151926};
     case Codec::kLog8:
       return {0, 0, 255, 0.0f, false, 0};
+    case Codec::kSoftsign8:
+      return {0, 0, 127, 0.0f, false, 0};
+    case Codec::kE2M1:
+      return {1, 1, 7, 6.0f, false, 1355264};
+    case Codec::kE2M1Expand:
+      return {1, 1, 7, 6.0f, true, 1355264};
     default:
       return {0, 0, 0, 0.0f, false, 0};
   }
 }
 
-COAT_INLINE bool is_fp8(Codec codec) { return codec != Codec::kFloat32 && codec != Codec::kLog8; }
+COAT_INLINE bool is_fp8(Codec codec) { return codec >= Codec::kE4M3 && codec <= Codec::kE5M2Expand; }
+// Two codes share a byte.
+COAT_INLINE bool is_e2m1(Codec codec) { return codec == Codec::kE2M1 || codec == Codec::kE2M1Expand; }
+COAT_INLINE bool is_small_float(Codec codec) { return is_fp8(codec) || is_e2m1(codec); }
+COAT_INLINE bool is_quantized(Codec codec) { return codec != Codec::kFloat32 && codec != Codec::kBFloat16; }
 
 COAT_INLINE uint32_t float_bits(float x) {
   uint32_t bits;
@@ -75,7 +97,7 @@ COAT_INLINE bool is_finite(float x) { return (float_bits(x) & kAbsMask) < kInfBi
 
 COAT_INLINE int clamp_int(int x, int low, int high) { return x < low ? low : x > high ? high : x; }
 
-// The metadata byte of a group: k16 (e4m3, e5m2) or j (log8).
+// The metadata byte of a group: k16 (softsign8: 16) or j (log8).
 // max_bits, min_bits: patterns of the largest and the smallest non-zero finite magnitude; 0 and anything for a group of zeros.
 COAT_INLINE uint8_t group_meta(Codec codec, uint32_t max_bits, uint32_t min_bits) {
   const CodecSpec spec = codec_spec(codec);

@@ -8,6 +8,8 @@ namespace coat {
 enum class DType : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
 enum class ParamRounding : int { kNearest = 0, kStochastic = 1, kSplit = 2 };
 
+constexpr uint32_t kBFloat16MaxBits = 0x7F7F0000u;  // the largest finite bfloat16 as a float32
+
 COAT_INLINE int dtype_size(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
 
 COAT_INLINE float from_bfloat16(uint16_t h) { return bits_float(static_cast<uint32_t>(h) << 16); }

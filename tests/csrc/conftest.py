@@ -31,7 +31,7 @@ class Native:
         x: Tensor, codec: Codec, group_size: int = 128, *, signed: bool = True, rounding: str = "nearest", key: int = 0, threads: int = 1
     ) -> tuple[Tensor, Tensor, Tensor]:
         groups = num_groups(x.numel(), group_size)
-        codes = torch.full((x.numel(),), 0xA5, dtype=torch.uint8)
+        codes = torch.full(codec.codes_shape((x.numel(),)), 0xA5, dtype=torch.uint8)
         amax, k16 = torch.full((groups,), torch.nan), torch.zeros(groups, dtype=torch.uint8)
         native.quantize_group(
             x=x.data_ptr(),
@@ -51,14 +51,21 @@ class Native:
 
     @staticmethod
     def dequantize(
-        codes: Tensor, amax: Tensor, k16: Tensor, codec: Codec, group_size: int = 128, dtype: torch.dtype = torch.float32
+        codes: Tensor,
+        amax: Tensor,
+        k16: Tensor,
+        codec: Codec,
+        group_size: int = 128,
+        dtype: torch.dtype = torch.float32,
+        numel: int | None = None,
     ) -> Tensor:
-        out = torch.full((codes.numel(),), torch.nan, dtype=dtype)
+        """`numel` counts where codes share bytes; without it their count is even."""
+        out = torch.full((codes.numel() * 8 // codec.bits if numel is None else numel,), torch.nan, dtype=dtype)
         native.dequantize_group(
             codes=codes.data_ptr(),
             amax=amax.data_ptr(),
             k16=k16.data_ptr(),
-            numel=codes.numel(),
+            numel=out.numel(),
             codec=codec.index,
             group_size=group_size,
             out=out.data_ptr(),

@@ -47,8 +47,8 @@ def check_adamw_fp8(
     lists: dict[str, tuple[list[Tensor], tuple[torch.dtype, ...]]] = {
         "params": (params, PARAM_DTYPES),
         "grads": (grads, PARAM_DTYPES),
-        "exp_avgs": (exp_avgs, (torch.uint8 if fmt.exp_avg.quantized else torch.float32,)),
-        "exp_avg_sqs": (exp_avg_sqs, (torch.uint8 if fmt.exp_avg_sq.quantized else torch.float32,)),
+        "exp_avgs": (exp_avgs, (fmt.exp_avg.array_dtype,)),
+        "exp_avg_sqs": (exp_avg_sqs, (fmt.exp_avg_sq.array_dtype,)),
         "amaxs": (amaxs, (torch.float32,)),
         "k16s": (k16s, (torch.uint8,)),
         "steps": (steps, (torch.float32,)),
@@ -66,7 +66,9 @@ def check_adamw_fp8(
             if tensor.device != params[0].device:
                 raise ValueError(f"{name}[{i}] is on {tensor.device} and params[0] on {params[0].device}; step each device on its own")
             groups = num_groups(param.numel(), fmt.group_size) if fmt.quantized else 0
-            shape = {"amaxs": (groups, 2), "k16s": (groups, 2), "steps": ()}.get(name, tuple(param.shape))
+            shapes = {"amaxs": (groups, 2), "k16s": (groups, 2), "steps": ()}
+            shapes |= {"exp_avgs": fmt.exp_avg.codes_shape(param.shape), "exp_avg_sqs": fmt.exp_avg_sq.codes_shape(param.shape)}
+            shape = shapes.get(name, tuple(param.shape))
             if tuple(tensor.shape) != shape:
                 got, want = tuple(tensor.shape), tuple(param.shape)
                 raise ValueError(f"{name}[{i}] has shape {got}; {shape} is needed for a parameter of shape {want}")

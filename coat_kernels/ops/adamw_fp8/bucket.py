@@ -20,7 +20,7 @@ class StateLists:
     """The stored state of parallel tensors as the op takes it.
 
     Args:
-        exp_avgs, exp_avg_sqs: uint8 codes, or float32 values for the `float32` codec.
+        exp_avgs, exp_avg_sqs: as their codecs store them: `Codec.array_dtype` and `codes_shape`.
         amaxs: float32 [n_groups, 2], contiguous; empty tensors where nothing is quantized.
         k16s: uint8 [n_groups, 2], contiguous; likewise.
         residuals: int8 for `param_rounding="split"`, else an empty list.

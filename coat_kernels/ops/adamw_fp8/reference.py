@@ -7,10 +7,10 @@ import math
 import torch
 from torch import Tensor
 
-from ...formats.codecs import STREAM_EXP_AVG, STREAM_EXP_AVG_SQ, STREAM_PARAM, Codec
+from ...formats.codecs import STREAM_EXP_AVG, STREAM_EXP_AVG_SQ, STREAM_PARAM
 from ...formats.parameters import round_stochastic, split_decode, split_encode
 from ...formats.random import stream_key
-from ...formats.reference import decode_group, encode_group
+from ...formats.reference import decode_group, encode_group, round_bfloat16
 from .settings import Hyperparameters, StateFormat
 
 _FLOAT32_MAX = torch.finfo(torch.float32).max
@@ -36,7 +36,7 @@ def adamw_fp8(
     Args:
         param: float32, bfloat16 or float16.
         grad: float32, bfloat16 or float16, shape of param.
-        exp_avg, exp_avg_sq: uint8 codes, or float32 values for the `float32` codec, shape of param.
+        exp_avg, exp_avg_sq: as their codecs store them: `Codec.array_dtype` and `codes_shape`.
         amax: float32 [n_groups, 2], column 0 of exp_avg, 1 of exp_avg_sq; unused where neither is quantized.
         k16: uint8 [n_groups, 2], likewise.
         residual: int8, shape of param, for `param_rounding="split"`.
@@ -54,8 +54,12 @@ def adamw_fp8(
         g = g / float(hyper.grad_scale)
     if hyper.maximize:
         g = -g
-    m = _decode(exp_avg, fmt.exp_avg, amax, k16, 0, fmt.group_size, dtype)
-    v = _decode(exp_avg_sq, fmt.exp_avg_sq, amax, k16, 1, fmt.group_size, dtype)
+    m, v = (
+        decode_group(state, amax[:, column], k16[:, column], codec, fmt.group_size, shape=param.shape, dtype=dtype)
+        if codec.quantized
+        else state.to(dtype)
+        for column, (state, codec) in enumerate(((exp_avg, fmt.exp_avg), (exp_avg_sq, fmt.exp_avg_sq)))
+    )
 
     p = p * (1 - lr * hyper.weight_decay)
     m = hyper.beta1 * m + (1 - hyper.beta1) * g
@@ -72,20 +76,16 @@ def adamw_fp8(
             (v, fmt.exp_avg_sq, fmt.exp_avg_sq_rounding, STREAM_EXP_AVG_SQ),
         )
     ):
+        key = stream_key(fmt.seed, step, index, stream) if rounding == "stochastic" else 0
         if codec.quantized:
-            key = stream_key(fmt.seed, step, index, stream) if rounding == "stochastic" else 0
             value, new_amax[:, column], new_k16[:, column] = encode_group(
                 value, codec, fmt.group_size, signed=column == 0, rounding=rounding, key=key, dtype=dtype
             )
+        elif codec.array_dtype == torch.bfloat16:
+            value = round_bfloat16(value, rounding, key)
         codes.append(value)
     stored, new_residual = _store(p.to(torch.float32), param.dtype, fmt, step, index)
     return stored, codes[0], codes[1], new_amax, new_k16, new_residual
-
-
-def _decode(state: Tensor, codec: Codec, amax: Tensor, k16: Tensor, column: int, group_size: int, dtype: torch.dtype) -> Tensor:
-    if not codec.quantized:
-        return state.to(dtype)
-    return decode_group(state, amax[:, column], k16[:, column], codec, group_size, dtype=dtype)
 
 
 def _store(p: Tensor, dtype: torch.dtype, fmt: StateFormat, step: int, index: int) -> tuple[Tensor, Tensor | None]:

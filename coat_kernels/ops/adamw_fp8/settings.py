@@ -42,7 +42,16 @@ class StateFormat(StepFormat):
         check_rounding(self.exp_avg_sq_rounding)
         check_param_rounding(self.param_rounding)
         if not self.exp_avg.signed:
-            raise ValueError(f"codec {self.exp_avg.name!r} holds no signs and cannot hold exp_avg; use e4m3 or e5m2")
+            raise ValueError(f"codec {self.exp_avg.name!r} holds no signs and cannot hold exp_avg; use e4m3_expand or softsign8")
+        if not self.exp_avg_sq.holds_squares:
+            raise ValueError(
+                f"codec {self.exp_avg_sq.name!r} is too narrow for exp_avg_sq, whose range is squared; use e4m3_expand or log8"
+            )
+        for codec in (self.exp_avg, self.exp_avg_sq):
+            if codec.blockwise:
+                raise ValueError(
+                    f"codec {codec.name!r} scales blocks, not groups: step_8bit_ takes it; use e4m3_expand, softsign8 or log8 here"
+                )
 
     @property
     def moments(self) -> tuple[Moment, ...]:

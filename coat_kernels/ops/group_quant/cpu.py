@@ -13,7 +13,7 @@ from ...formats.parameters import DTYPE_INDEX
 
 def quantize_group(x: Tensor, *, codec: Codec, group_size: int, signed: bool, rounding: str, key: int) -> tuple[Tensor, Tensor, Tensor]:
     groups = num_groups(x.numel(), group_size)
-    codes = torch.empty(x.shape, dtype=torch.uint8)
+    codes = torch.empty(codec.codes_shape(x.shape), dtype=torch.uint8)
     amax, k16 = torch.empty(groups), torch.empty(groups, dtype=torch.uint8)
     native.quantize_group(
         x=x.data_ptr(),
@@ -32,13 +32,15 @@ def quantize_group(x: Tensor, *, codec: Codec, group_size: int, signed: bool, ro
     return codes, amax, k16
 
 
-def dequantize_group(codes: Tensor, amax: Tensor, k16: Tensor, *, codec: Codec, group_size: int, dtype: torch.dtype) -> Tensor:
-    out = torch.empty(codes.shape, dtype=dtype)
+def dequantize_group(
+    codes: Tensor, amax: Tensor, k16: Tensor, *, codec: Codec, group_size: int, dtype: torch.dtype, shape: torch.Size
+) -> Tensor:
+    out = torch.empty(shape, dtype=dtype)
     native.dequantize_group(
         codes=codes.data_ptr(),
         amax=amax.data_ptr(),
         k16=k16.data_ptr(),
-        numel=codes.numel(),
+        numel=out.numel(),
         codec=codec.index,
         group_size=group_size,
         out=out.data_ptr(),

@@ -13,5 +13,7 @@ def quantize_group(x: Tensor, *, codec: Codec, group_size: int, signed: bool, ro
     return encode_group(x, codec, group_size, signed=signed, rounding=rounding, key=key)
 
 
-def dequantize_group(codes: Tensor, amax: Tensor, k16: Tensor, *, codec: Codec, group_size: int, dtype: torch.dtype) -> Tensor:
-    return decode_group(codes, amax, k16, codec, group_size).to(dtype)
+def dequantize_group(
+    codes: Tensor, amax: Tensor, k16: Tensor, *, codec: Codec, group_size: int, dtype: torch.dtype, shape: torch.Size
+) -> Tensor:
+    return decode_group(codes, amax, k16, codec, group_size, shape=shape).to(dtype)

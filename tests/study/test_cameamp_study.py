@@ -1,0 +1,71 @@
+"""CameAMP against tuned AdamW: a run of a few steps and the verdict's teeth."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from bench.study.cameamp import report, train
+from bench.study.cameamp.entrants import FLOAT32, LRS, REFERENCE
+
+
+@pytest.fixture
+def base(tmp_path, monkeypatch) -> train.Recipe:
+    monkeypatch.setattr(train, "CACHE", tmp_path)
+    recipe = train.Recipe(base_steps=2, base_batch_size=2, steps=8, batch_size=2)
+    path = train.prepare(recipe)
+    before = path.stat().st_mtime_ns
+    assert train.prepare(recipe) == path and path.stat().st_mtime_ns == before, "the base model is trained once"
+    return recipe
+
+
+def test_every_entrant_trains_the_same_adapter_on_the_same_batches(base):
+    rows = {name: train.run(train.case(base, name, 1e-2, 0)) for name in (REFERENCE, "balanced", FLOAT32)}
+    assert len({row["losses"][0] for row in rows.values()}) == 1, "the runs must start alike"
+    assert len({row["base_loss"] for row in rows.values()}) == 1
+    for name, row in rows.items():
+        assert len(row["losses"]) == 8 and row["final_loss"] < row["base_loss"], name
+    assert rows["balanced"]["state_bytes_per_parameter"] < report.STATE_BYTES < rows[FLOAT32]["state_bytes_per_parameter"]
+    assert rows["balanced"]["state_bytes_per_parameter"] < rows["balanced"]["state_bytes_per_parameter_early"]
+
+
+def planted(losses: dict[str, float] | None = None, best: int = 1, state_bytes: float = 3.0) -> list[dict]:
+    """Rows of a study in which every entrant ends at 0.1, but for the losses given; the `best`-th learning rate is the best."""
+    rows = []
+    for name in report.ENTRANTS:
+        lrs = LRS.get(name, LRS["balanced"])
+        for lr in lrs:
+            for seed in (report.SWEEP_SEED, *report.SEEDS):
+                if (name == FLOAT32 and seed == report.SWEEP_SEED) or (lr != lrs[best] and seed != report.SWEEP_SEED):
+                    continue
+                row = train.case(train.Recipe(), name, lr, seed)
+                loss = (losses or {}).get(name, 0.1) + (0.0 if lr == lrs[best] else 0.01)
+                each = 8.0 if name == REFERENCE else state_bytes
+                bytes_ = {"state_bytes_per_parameter": each, "state_bytes_per_parameter_early": each}
+                rows.append({"case": row, "final_loss": loss, "base_loss": 0.3, "losses": [0.3, loss], **bytes_})
+    return rows
+
+
+def test_the_verdict_passes_what_is_right_and_fails_what_is_not():
+    assert report.verdict(planted()) == []
+    assert report.verdict(planted({"balanced": 0.1029})) == []
+    assert report.verdict(planted({"balanced": 0.05})) == [], "better than AdamW is no failure"
+    for rows, complaint in (
+        (planted({"balanced": 0.1031}), "balanced: loss lies +3.10%"),
+        (planted({"memory_optimized": math.nan}), "memory_optimized: "),
+        (planted(best=0), "is not tuned"),
+        (planted(best=-1), "is not tuned"),
+        (planted({name: 0.25 for name in report.ENTRANTS}), "too little learnt"),
+        (planted(state_bytes=9.0), "quality_optimized: 9.00 state bytes"),
+        ([row for row in planted() if row["case"]["seed"] != 2], "balanced: not on seeds [0, 1, 2]"),
+        ([row for row in planted() if row["case"]["optimizer"] != "balanced"], "balanced: not on seeds"),
+    ):
+        failures = report.verdict(rows)
+        assert any(complaint in failure for failure in failures), (complaint, failures)
+
+
+def test_table_and_plot_are_drawn(tmp_path):
+    report.plot(planted(), tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").stat().st_size > 10_000
+    assert all(f"| {name} |" in report.markdown(planted()) for name in report.ENTRANTS)
