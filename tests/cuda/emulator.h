@@ -23,13 +23,13 @@
 #define __shared__ static
 #define __launch_bounds__(...)
 
-struct int2 {
+struct alignas(8) int2 {
   int x, y;
 };
-struct uint2 {
+struct alignas(8) uint2 {
   unsigned x, y;
 };
-struct uint4 {
+struct alignas(16) uint4 {
   unsigned x, y, z, w;
 };
 struct dim3 {
