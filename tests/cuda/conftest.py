@@ -20,7 +20,7 @@ RESIDENT_BLOCKS = 3
 
 @pytest.fixture(scope="session")
 def emulated(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
-    """`emulated.cpp`, compiled; contraction off, as the kernels' exact parts ask of a GPU compiler by intrinsics. Unaligned accesses trap."""
+    """`emulated.cpp`, compiled: contraction off, as exact parts of the kernels ask of nvcc by intrinsics; unaligned accesses trap."""
     compiler = shutil.which(os.environ.get("CXX", "g++"))
     if compiler is None:
         pytest.skip("no C++ compiler to emulate CUDA kernels with")

@@ -81,13 +81,21 @@ def test_nothing_is_launched_for_nothing(device: torch.device) -> None:
 
 
 def test_the_division_rounds_as_ieee_does(emulated: ctypes.CDLL) -> None:
-    """Three million quotients, most of them as near to halfway between two float32 as quotients come."""
+    """A million quotients that lie as near to halfway between two float32 as quotients of 24-bit numbers can, and a million random ones."""
     generator = torch.Generator().manual_seed(2)
-    absmax = torch.rand(1 << 20, generator=generator) + 1
-    quotient = torch.rand(1 << 20, generator=generator)
-    halves = (quotient.double() + 2.0**-24 * quotient.double().log2().floor().exp2()) * absmax.double()
-    x = torch.cat([quotient * absmax, halves.float(), halves.float().nextafter(torch.tensor(2.0))]).clamp(max=1)
-    absmax = absmax.repeat(3)
+    divisor = torch.randint(1 << 22, 1 << 23, (1 << 20,), generator=generator) * 2 + 1  # 24 bits, odd
+    inverse = divisor.clone()
+    for _ in range(5):  # Newton, modulo 2^25: each step doubles the bits that are right
+        inverse = inverse * (2 - divisor * inverse) % (1 << 25)
+    sign = torch.tensor([1, -1]).repeat(1 << 19)
+    halfway = inverse * sign % (1 << 25)  # of 25 bits, odd: half of a float32's unit
+    product = halfway * divisor - sign  # a multiple of 2^25
+    numerator = product >> 25
+    assert bool((product & ((1 << 25) - 1) == 0).all())
+    hard = (halfway >= 1 << 24) & (numerator > 0)
+    absmax = torch.cat([divisor[hard], divisor]).float() * 2.0**-20
+    x = torch.cat([numerator[hard].float() * 2.0**-20, torch.rand(1 << 20, generator=generator) * divisor * 2.0**-20])
     z = torch.empty_like(x)
+    assert int(hard.sum()) > 1 << 18
     emulated.emulate_divide(*(ctypes.c_void_p(t.data_ptr()) for t in (x, absmax, z)), ctypes.c_int64(len(x)))
     assert torch.equal(z, x / absmax)
