@@ -194,7 +194,7 @@ def test_dictionaries_that_cannot_be_loaded() -> None:
     adamw = torch.optim.AdamW(params)
     adamw.step()
     for other, foreign, message in (
-        (make(params, optim_bits=32), saved, "lr_mask of parameter 0 is torch.uint8; torch.float32 is needed|torque of parameter 0 is"),
+        (make(params, optim_bits=32), saved, "of parameter 0 is torch.u?int8; torch.float32 is needed"),
         (make(params, warmup_steps=2), saved, r"holds \['edge_history', 'polarity', 'row_variance', 'torque'\], which Automagic"),
         (make(params, edge_suppression=False), saved, r"holds \['edge_history'\], which Automagic"),
         (make(params, profile="memory_optimized", edge_suppression=True, lora_rank_penalty=True), saved, "holds .'row_variance'"),
@@ -322,7 +322,7 @@ def test_a_warm_up_of_the_scheduler_starts_from_zero(lr_type: str) -> None:
         set_grads([param], step)
         optimizer.step()
         scheduler.step()
-        sizes.append(float((param - before).norm()))
+        sizes.append(float((param.detach() - before).norm()))
     assert sizes[0] == 0
     ratios = [size / sizes[10] for size in sizes[:10]]
     # the size of an update wanders by a third; its learning rate is a tenth more at each step
