@@ -7,7 +7,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ...backends import BackendUnavailable
 from ..bucket import Bucket
 from ..state import StepFormat
 from . import reference
@@ -39,11 +38,11 @@ class CameBucket(Bucket):
         if self.fmt.rule == "came":
             return steps, tensor_numbers(steps, None, hyper, self.fmt)
         stored = [arrays["lr_max"] for arrays in self.arrays]
-        lr_max = torch.cat(stored)
+        lr_max = torch.cat(stored).cpu()
         before = lr_max.clone()
         numbers = tensor_numbers(steps, lr_max, hyper, self.fmt)
         if not torch.equal(lr_max, before):
-            torch._foreach_copy_(stored, list(lr_max.split(1)))
+            torch._foreach_copy_(stored, list(lr_max.to(self.device).split(1)))
         return steps, numbers
 
     def _step_cpu(self, hyper: CameSettings) -> None:
@@ -53,7 +52,16 @@ class CameBucket(Bucket):
         cpu.step(self.table, self.fmt, hyper, numbers, param_dtype=self.param_dtype, grad_dtype=self.grad_dtype)
 
     def _step_gpu(self, hyper: CameSettings) -> None:
-        raise BackendUnavailable("came_8bit has no CUDA kernel yet; the PyTorch reference runs anywhere with fused=False")
+        from . import cuda
+
+        # step counts lie in host memory, where it must be known whether this step takes place
+        if hyper.found_inf is not None and bool(hyper.found_inf):
+            return
+        steps, numbers = self._prepare(hyper)
+        sides = [matrix_sides(param.shape) or (1, param.numel()) for param in self.params]
+        dtypes = {"param_dtype": self.param_dtype, "grad_dtype": self.grad_dtype}
+        cuda.step(self.table.on_device(), sides, steps, self.fmt, hyper, numbers, **dtypes)
+        torch._foreach_add_([state["step"] for state in self.states], 1)
 
     def _step_reference(self, hyper: CameSettings, grads: Sequence[Tensor]) -> None:
         steps, numbers = self._prepare(hyper)
