@@ -112,6 +112,7 @@ static inline double smooth(const Work& w, const float* from, float* to) {
       const auto beside = [&](int64_t j) { return rows.above[j] + rows.below[j] + (x[j] + x[j]); };
       column[-1] = line.col > 0 ? beside(-1) : column[0];
       column[tile.cols] = line.col + tile.cols < w.cols ? beside(tile.cols) : column[tile.cols - 1];
+      if (!tile.dense()) column[tile.width] = 0.0f;  // read below; memory's garbage may be a NaN, which taking it out of the sum leaves
       for (int j = 0; j < tile.width; j += kLanes) {
         const F centre = load(column + j);
         const F blurred = add(add(load(column + j - 1), load(column + j + 1)), add(centre, centre));
