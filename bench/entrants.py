@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,6 +19,10 @@ SETTINGS = {"lr": 1e-2, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.1}
 Params = list[torch.nn.Parameter]
 
 
+def _adamw(params: Params) -> Optimizer:
+    return torch.optim.AdamW(params, **SETTINGS, foreach=False, fused=False)
+
+
 @dataclass(frozen=True)
 class Entrant:
     """One optimizer in the contest.
@@ -29,6 +34,8 @@ class Entrant:
         devices: where it can run.
         quantized: whether its moments lose precision; sets the tolerance of the check after several steps.
         first_step_tolerance: relative error allowed in the first update of float32 parameters.
+        oracle: makes the optimizer whose updates it must take, in float32; `torch.optim.AdamW` unless said otherwise.
+        works: part of the names of the works it takes part in.
     """
 
     name: str
@@ -37,6 +44,8 @@ class Entrant:
     devices: tuple[str, ...] = ("cpu", "cuda")
     quantized: bool = True
     first_step_tolerance: float = 2e-3
+    oracle: Callable[[Params], Optimizer] = _adamw
+    works: str = ""
 
     def unavailable(self, device: str) -> str | None:
         """Why it cannot run here, or None."""
@@ -58,6 +67,34 @@ def _coat(**config) -> Callable[[Params], Optimizer]:
         return FP8AdamW(params, **SETTINGS, fp8_config=FP8QuantizationConfig(**config))
 
     return build
+
+
+def _family(name: str, settings: dict[str, Any] = SETTINGS, **options) -> Callable[[Params], Optimizer]:
+    """Another optimizer of the package, by its name there."""
+
+    def build(params: Params) -> Optimizer:
+        import coat_kernels.optim
+
+        return getattr(coat_kernels.optim, name)(params, **settings, **options)
+
+    return build
+
+
+_LION = {name: SETTINGS[name] for name in ("lr", "betas", "weight_decay")}
+#: CameAMP keeps to a phase: a warm-up that never ends, or none.
+_CAMEAMP = {"lr": 1e-3, "max_lr": 1e-2, "profile": "balanced", "verbose": False}
+_NEVER = 1 << 40  # elements: more than any tensor has
+
+
+def _cameamp(warmup_steps: int) -> dict[str, Any]:
+    """What its two entrants share; the oracle is the PyTorch reference on float32 states."""
+    settings = {**_CAMEAMP, "warmup_steps": warmup_steps}
+    exact = {"min_8bit_size": _NEVER, "fused": False}
+    return {
+        "build": _family("AutomagicCameAMP", settings),
+        "oracle": _family("AutomagicCameAMP", settings, **exact),
+        "works": "x 16x3072 fp32",
+    }
 
 
 def _bitsandbytes(params: Params) -> Optimizer:
@@ -96,6 +133,16 @@ ENTRANTS = (
     Entrant("torch foreach", "torch", _torch(foreach=True), quantized=False, first_step_tolerance=5e-6),
     Entrant("coat e4m3", "torch", _coat(), first_step_tolerance=5e-6),
     Entrant("coat e4m3 log8", "torch", _coat(m2_format="log8"), first_step_tolerance=5e-6),
+    Entrant("coat AdamW8bit", "torch", _family("AdamW8bit"), first_step_tolerance=5e-6),
+    Entrant(
+        "coat Lion8bit",
+        "torch",
+        _family("Lion8bit", _LION),
+        first_step_tolerance=5e-6,
+        oracle=_family("Lion8bit", _LION, min_quant_numel=_NEVER, fused=False),
+    ),
+    Entrant("coat CameAMP, warm-up", "torch", **_cameamp(1_000_000)),
+    Entrant("coat CameAMP", "torch", **_cameamp(0)),
     Entrant("bitsandbytes AdamW8bit", "bitsandbytes", _bitsandbytes),
     Entrant("torchao AdamWFp8", "torchao", _torchao("AdamWFp8")),
     Entrant("torchao AdamW8bit", "torchao", _torchao("AdamW8bit")),

@@ -1,4 +1,4 @@
-"""Rows of stand-alone group quantize and dequantize: values in groups of 128."""
+"""Rows of stand-alone quantize and dequantize: groups of 128 values, and blocks of 256 with the dynamic map."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .rows import chosen, dtype_name, measured, reason
 from .timing import CLOCKS, OtherLoad, Run, contest, make_copy
 from .works import QuantizeWork
 
-GROUP = 128
+GROUP, BLOCK = 128, 256
 COPY = "copy"
 #: Elements that are held against the reference, which is slow.
 CHECKED_NUMEL = 1 << 18
@@ -59,6 +59,18 @@ def _coat(fmt: str, expand: bool, codec: str, signed: bool = True) -> Quantizer:
     return Quantizer(f"coat {codec}", "torch", encode, decode, codec=codec, signed=signed)
 
 
+def _coat_dynamic8_encode(x: Tensor) -> object:
+    import coat_kernels
+
+    return coat_kernels.quantize_blockwise(x, BLOCK)
+
+
+def _coat_dynamic8_decode(q: object, dtype: torch.dtype) -> Tensor:
+    import coat_kernels
+
+    return coat_kernels.dequantize_blockwise(q, dtype)
+
+
 def _eager_encode(x: Tensor) -> tuple[Tensor, Tensor]:
     groups = x.view(-1, GROUP)
     fp8 = torch.finfo(torch.float8_e4m3fn)
@@ -74,7 +86,7 @@ def _eager_decode(encoded: tuple[Tensor, Tensor], dtype: torch.dtype) -> Tensor:
 def _bitsandbytes_encode(x: Tensor) -> object:
     from bitsandbytes.functional import quantize_blockwise
 
-    return quantize_blockwise(x, blocksize=256)
+    return quantize_blockwise(x, blocksize=BLOCK)
 
 
 def _bitsandbytes_decode(encoded: tuple, dtype: torch.dtype) -> Tensor:
@@ -90,8 +102,19 @@ QUANTIZERS = (
     _coat("e4m3", True, "e4m3_expand"),
     _coat("e4m3", False, "e4m3"),
     _coat("log8", True, "log8", signed=False),
-    Quantizer("bitsandbytes dynamic8", "bitsandbytes", _bitsandbytes_encode, _bitsandbytes_decode, metadata_bytes=4 / 256),
+    Quantizer("coat dynamic8", "torch", _coat_dynamic8_encode, _coat_dynamic8_decode, 4 / BLOCK, codec="dynamic8"),
+    Quantizer("bitsandbytes dynamic8", "bitsandbytes", _bitsandbytes_encode, _bitsandbytes_decode, metadata_bytes=4 / BLOCK),
 )
+
+
+def _check_blocks(encoded, x: Tensor) -> float:
+    """Nothing may differ from the reference: the rule has no logarithm."""
+    from coat_kernels.formats.dynamic8 import encode_blocks
+
+    codes, absmax = encode_blocks(x.reshape(-1)[:CHECKED_NUMEL], BLOCK, signed=True)
+    if not (torch.equal(encoded.absmax[: absmax.numel()], absmax) and torch.equal(encoded.codes.reshape(-1)[: codes.numel()], codes)):
+        raise CheckFailed("codes or absmax differ from the reference's; they must be identical")
+    return 0.0
 
 
 def _check_codes(encoded, x: Tensor, quantizer: Quantizer) -> float:
@@ -117,7 +140,7 @@ def check(quantizer: Quantizer, x: Tensor) -> dict:
     encoded = quantizer.encode(x)
     found = {}
     if quantizer.codec:
-        found["codes_differing"] = _check_codes(encoded, x, quantizer)
+        found["codes_differing"] = _check_blocks(encoded, x) if quantizer.codec == "dynamic8" else _check_codes(encoded, x, quantizer)
     back = quantizer.decode(encoded, x.dtype).reshape(-1)[:CHECKED_NUMEL].float()
     head = x.reshape(-1)[:CHECKED_NUMEL].float()
     error = ((back - head).abs() / head.abs()).median().item()

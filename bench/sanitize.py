@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import itertools
 import os
+from collections.abc import Callable
 
 import torch
 
 import coat_kernels
-from coat_kernels.optim import FP8AdamW, FP8QuantizationConfig
+from coat_kernels.optim import AdamW8bit, FP8AdamW, FP8QuantizationConfig, Lion8bit
 
 SIZES = (0, 1, 127, 128, 129, 511, 513, 3072, 4097)
 
@@ -23,18 +24,29 @@ def quantizers() -> None:
         for size in SIZES:
             x = torch.rand(size, device="cuda", dtype=dtype)
             coat_kernels.dequantize_group(coat_kernels.quantize_group(x, fmt, 128, expand), dtype)
+    for dtype, block_size, size in itertools.product((torch.float32, torch.bfloat16), (64, 256, 4096), SIZES):
+        x = torch.rand(size + 1, device="cuda", dtype=dtype)[1:]
+        coat_kernels.dequantize_blockwise(coat_kernels.quantize_blockwise(x, block_size, signed=size % 2 == 0), dtype)
 
 
 def steps() -> None:
-    for dtype, m2_format in itertools.product((torch.float32, torch.bfloat16), ("e4m3", "log8")):
+    log8 = FP8QuantizationConfig(m2_format="log8")
+    optimizers: tuple[Callable[..., torch.optim.Optimizer], ...] = (
+        lambda params: FP8AdamW(params, min_quant_numel=0),
+        lambda params: FP8AdamW(params, min_quant_numel=0, fp8_config=log8),
+        lambda params: AdamW8bit(params, min_quant_numel=0),
+        lambda params: AdamW8bit(params, min_quant_numel=1 << 20),
+        lambda params: Lion8bit(params, min_quant_numel=0, block_size=2048),
+    )
+    for dtype, make in itertools.product((torch.float32, torch.bfloat16), optimizers):
         # one flat buffer and views into it at odd offsets: parameters whose address is aligned to the element only
         flat = torch.rand(sum(SIZES) + 1, device="cuda", dtype=dtype)
         params = [torch.nn.Parameter(part) for part in flat[1:].split(SIZES)]
-        adamw = FP8AdamW(params, min_quant_numel=0, fp8_config=FP8QuantizationConfig(m2_format=m2_format))
+        optimizer = make(params)
         for _ in range(2):
             for p in params:
                 p.grad = torch.rand_like(p)
-            adamw.step()
+            optimizer.step()
 
 
 def main() -> None:

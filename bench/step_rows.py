@@ -120,7 +120,7 @@ def bytes_per_parameter(work: StepWork, state: float) -> float:
 
 def step_rows(work: StepWork, *, wanted=lambda name: True, entrants=ENTRANTS, rounds: int = 15, budget_s: float = 6.0) -> list[dict]:
     """One row an entrant that is `wanted` by "work/entrant"; the baseline runs with any of them, for the ratio."""
-    entrants = chosen(work.name, entrants, BASELINE, wanted)
+    entrants = chosen(work.name, [entrant for entrant in entrants if entrant.works in work.name], BASELINE, wanted)
     if not entrants:
         return []
     problem = Problem.make(work)

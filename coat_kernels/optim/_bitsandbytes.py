@@ -19,6 +19,8 @@ from ._plan import local
 if TYPE_CHECKING:
     from ._base import LowBitOptimizer
 
+#: What a translated dictionary calls the optimizer that saved it.
+NAME = "bitsandbytes"
 _BLOCK_SIZE = 256
 #: Its state_dict() hides codes from FSDP in a dictionary under this key; older versions do not.
 _WRAPPED = "__bnb_optimizer_quant_state__"
@@ -35,7 +37,7 @@ def translate(state_dict: dict[str, Any]) -> dict[str, Any]:
     states = {number: _unwrapped(state) for number, state in state_dict["state"].items()}
     if not any("state1" in state for state in states.values()):
         return state_dict
-    described = {"version": 1, "optimizer": "bitsandbytes", "exp_avg": "dynamic8", "exp_avg_sq": "dynamic8", "group_size": _BLOCK_SIZE}
+    described = {"version": 1, "optimizer": NAME, "exp_avg": "dynamic8", "exp_avg_sq": "dynamic8", "group_size": _BLOCK_SIZE}
     groups = [{**{k: v for k, v in group.items() if k in _GROUP_KEYS}, "state_format": described} for group in state_dict["param_groups"]]
     return {"state": {number: _read(number, state) for number, state in states.items()}, "param_groups": groups}
 
@@ -85,5 +87,6 @@ def export(optimizer: LowBitOptimizer) -> dict[str, Any]:
             written[f"absmax{digit}"] = arrays["_absmax"].clone()
             written[f"qmap{digit}"] = qmap(signed).to(param.device)
         states[number] = written
-    groups = [{k: v for k, v in group.items() if k in _GROUP_KEYS} for group in packed["param_groups"]]
+    # its Lion keeps an eps too, which it does not read
+    groups = [{"eps": 0.0, **{k: v for k, v in group.items() if k in _GROUP_KEYS}} for group in packed["param_groups"]]
     return {"state": states, "param_groups": groups}

@@ -151,7 +151,9 @@ def _check_structure(optimizer: LowBitOptimizer, state_dict: dict[str, Any]) -> 
 def _read_group(live: dict[str, Any], saved: dict[str, Any]) -> dict[str, Any]:
     """The loaded param group: saved values, except which implementation runs where the dictionary is another optimizer's."""
     values = deepcopy({k: v for k, v in saved.items() if k not in ("params", FORMAT_KEY)})
-    if FORMAT_KEY not in saved:
+    if saved.get(FORMAT_KEY, {}).get("optimizer") == _bitsandbytes.NAME:
+        values = {k: v for k, v in values.items() if k in (*live, "initial_lr")}
+    elif FORMAT_KEY not in saved:
         values.pop("decoupled_weight_decay", None)
         for key in ("foreach", "fused", "capturable", "differentiable"):
             values.pop(key, None)
@@ -191,8 +193,8 @@ def _read_state(
             raise ValueError(f"{name} of parameter {number} has shape {tuple(value.shape)}; {tuple(state[name].shape)} is needed")
         if value.dtype != state[name].dtype:
             raise ValueError(
-                f"{name} of parameter {number} is {value.dtype}; {state[name].dtype} is needed: it was saved in another width (fewer or more "
-                "elements in 8 bits), or cast on the way"
+                f"{name} of parameter {number} is {value.dtype}; {state[name].dtype} is needed: it was saved in another width, or cast "
+                "on the way; make the optimizer with the options it was saved with"
             )
         state[name].copy_(value)
     unknown = saved.keys() - state.keys() - names

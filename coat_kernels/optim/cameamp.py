@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..ops.came_8bit import CameFormat, CameSettings
+from ..ops.came_8bit.magnitudes import sum_magnitudes
 from ..ops.came_8bit.settings import RANK_HEAD, RANK_MAX_SIDE, has_edges, matrix_sides, phase_of, tail_side
 from ._adam import check_lr
 from ._plan import local
@@ -201,8 +202,7 @@ class Automagic_CameAMP_Improved_8Bit(CameOptimizer):
 
     def _grad_l1(self, grads: list[Any]) -> float:
         """Sum of |g| over the gradients that are there, in the gradients' own unit; infinity, which has no effect, for 0 and NaN."""
-        present = [local(grad) for grad in grads if grad is not None]
-        total = sum(float(torch.stack(norms).sum()) for norms in _norms_by_device(present))
+        total = sum_magnitudes([local(grad) for grad in grads if grad is not None])
         scale = getattr(self, "grad_scale", None)
         total = total if scale is None else total / float(scale)
         return total if 0 < total < math.inf else math.inf
@@ -258,14 +258,6 @@ class Automagic_CameAMP_Improved_8Bit(CameOptimizer):
                     entry["tensors"] += len(without)
                     entry["parameters"] += sum(without)
         return found
-
-
-def _norms_by_device(grads: list[Tensor]) -> list[list[Tensor]]:
-    """Sums of magnitudes, float32, a list a device."""
-    devices: dict[torch.device, list[Tensor]] = defaultdict(list)
-    for grad in grads:
-        devices[grad.device].append(grad)
-    return [list(torch._foreach_norm(own, 1, dtype=torch.float32)) for own in devices.values()]
 
 
 #: PEP 8 name; trainers that send every name ending in 8bit to bitsandbytes take it too.

@@ -66,7 +66,8 @@ class _MuonBucket(Step8bitBucket):
         super().step(hyper.momentum, grads)
         self.params = ()
         # where a GPU skips the step the buffer stays zero, and so does the update; the decay must stop too
-        lr = hyper.lr if found_inf is None else hyper.lr * (1 - found_inf.view(()))
+        lr = hyper.lr.reshape(()) if isinstance(hyper.lr, Tensor) else hyper.lr
+        lr = lr if found_inf is None else lr * (1 - found_inf.reshape(()))
         by_shape: dict[tuple[int, ...], list[int]] = {}
         for i, weight in enumerate(self.weights):
             by_shape.setdefault(tuple(weight.shape), []).append(i)

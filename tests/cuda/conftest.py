@@ -1,4 +1,4 @@
-"""The CUDA launchers on a machine without a GPU: `emulator` stands in for the driver, on tensors in host memory."""
+"""The CUDA launchers on a machine without a GPU: an emulator stands in for the driver, on tensors in host memory."""
 
 from __future__ import annotations
 
@@ -20,26 +20,30 @@ RESIDENT_BLOCKS = 3
 
 @pytest.fixture(scope="session")
 def emulated(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
-    """`emulated.cpp`, compiled; contraction off, as the kernels' exact parts ask of a GPU compiler by intrinsics."""
+    """`emulated.cpp`, compiled: contraction off, as exact parts of the kernels ask of nvcc by intrinsics; unaligned accesses trap."""
     compiler = shutil.which(os.environ.get("CXX", "g++"))
     if compiler is None:
         pytest.skip("no C++ compiler to emulate CUDA kernels with")
     library = tmp_path_factory.mktemp("emulated") / "emulated.so"
-    command = [compiler, "-std=c++17", "-O2", "-fPIC", "-shared", "-ffp-contract=off", str(HERE / "emulated.cpp"), "-o", str(library)]
+    options = ["-std=c++17", "-O2", "-fPIC", "-shared", "-ffp-contract=off", "-fsanitize=undefined", "-fsanitize-undefined-trap-on-error"]
+    command = [compiler, *options, str(HERE / "emulated.cpp"), "-o", str(library)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return ctypes.CDLL(str(library))
 
 
-@pytest.fixture(params=["ascending", "descending"])
-def emulator(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, emulated: ctypes.CDLL) -> ctypes.CDLL:
-    """`Kernel.launch` runs the emulated kernels, the threads of a block in one order and in the other."""
+@pytest.fixture(params=["ascending", "descending", pytest.param("gpu", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> torch.device:
+    """Where the kernels run: emulated on CPU tensors, the threads of a block in one order and in the other; or on a GPU."""
+    if request.param == "gpu":
+        return torch.device("cuda")
+    library = request.getfixturevalue("emulated")
 
     def launch(kernel: Kernel, arguments: ctypes.Structure, device: torch.device, blocks: int) -> None:
         assert device.type == "cpu"
         if blocks > 0:
-            run = getattr(emulated, f"emulate_{kernel.name}")
+            run = getattr(library, f"emulate_{kernel.name}")
             run(ctypes.byref(arguments), min(blocks, RESIDENT_BLOCKS), kernel.threads, int(request.param == "descending"))
 
     monkeypatch.setattr(Kernel, "launch", launch)
-    return emulated
+    return torch.device("cpu")

@@ -1,8 +1,8 @@
 // Runs csrc/cuda/*.cu on a CPU: every thread of a block is a fiber, switched at barriers and exchanges between lanes.
 //
 // What it shows: indices, masks, tails, arithmetic, who waits for whom. What it cannot: registers, memory ordering between threads that
-// share no barrier, the special function unit. A fiber runs until it waits, in ascending or descending order of the threads, so that a
-// missing barrier shows in one order or the other.
+// share no barrier, the special function unit. A warp runs as far as it can before the next one starts, in ascending or descending order,
+// so that a missing barrier shows in one order or the other.
 #pragma once
 
 #include <setjmp.h>
@@ -23,13 +23,13 @@
 #define __shared__ static
 #define __launch_bounds__(...)
 
-struct int2 {
+struct alignas(8) int2 {
   int x, y;
 };
-struct uint2 {
+struct alignas(8) uint2 {
   unsigned x, y;
 };
-struct uint4 {
+struct alignas(16) uint4 {
   unsigned x, y, z, w;
 };
 struct dim3 {
@@ -127,16 +127,19 @@ inline void run_block(int threads, bool descending) {
   }
   for (int done = 0; done < threads;) {
     bool moved = false;
-    for (int k = 0; k < threads; ++k) {
-      const int i = descending ? threads - 1 - k : k;
-      if (block->fibers[static_cast<size_t>(i)].state != State::kReady) continue;
-      moved = true;
-      resume(i);
-      done += block->fibers[static_cast<size_t>(i)].state == State::kDone;
+    for (int k = 0; k < threads; k += kWarp) {
+      const int warp = descending ? threads - kWarp - k : k;
+      do {
+        for (int j = 0; j < kWarp; ++j) {
+          const int i = warp + (descending ? kWarp - 1 - j : j);
+          if (block->fibers[static_cast<size_t>(i)].state != State::kReady) continue;
+          moved = true;
+          resume(i);
+          done += block->fibers[static_cast<size_t>(i)].state == State::kDone;
+        }
+      } while (release(warp, warp + kWarp, State::kAtWarp));
     }
-    for (int warp = 0; warp < threads; warp += kWarp) moved = release(warp, warp + kWarp, State::kAtWarp) || moved;
-    moved = release(0, threads, State::kAtBlock) || moved;
-    if (!moved && done < threads) fail("threads wait at different barriers");
+    if (!release(0, threads, State::kAtBlock) && !moved && done < threads) fail("threads wait at different barriers");
   }
 }
 

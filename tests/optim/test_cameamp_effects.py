@@ -77,6 +77,19 @@ def test_least_squares_descends_inside_the_warm_up(profile: str | None) -> None:
     assert all(b < a for a, b in zip(losses[:100:10], losses[10:100:10], strict=False))
 
 
+def test_updates_never_go_against_the_gradient() -> None:
+    """Where momentum still points the other way: the gradient's sign in the first half of the warm-up, no move after it."""
+    grads = [torch.ones(6, 8)] * 3 + [torch.ones(6, 8)]
+    grads[3] = grads[3].clone()
+    grads[3][2:4] = -0.2
+    for warmup_steps, expected in ((500, 1), (0, 0), (5, 0)):
+        before, _ = run(grads[:3], warmup_steps=warmup_steps)
+        after, _ = run(grads, warmup_steps=warmup_steps)
+        last = after - before
+        assert (last[[0, 1, 4, 5]] < 0).all()
+        assert torch.equal(last[2:4].sign(), torch.full((2, 8), float(expected)))
+
+
 def test_edge_suppression_moves_edges_less() -> None:
     grads = [torch.ones(20, 20) for _ in range(8)]
     for grad in grads:
