@@ -12,12 +12,11 @@ from coat_kernels.formats import reference
 from coat_kernels.formats.codecs import MAX_OCTAVES
 
 from .recordings import Recording
-from .replay import BETA2, METRICS, SLOW_BETA2, Schedule, Track, compare, drift, follow, off, octaves
-from .stores import FIRST, GROUP_SIZES, SECOND, Store
+from .replay import BETA2, METRICS, SLOW_BETA2, Schedule, Track, compare, drift, follow, octaves, off
+from .stores import DEFAULT_GROUP_SIZE, FIRST, GROUP_SIZES, SECOND, Store
 
 EXACT_FIRST, EXACT_SECOND = FIRST[0], SECOND[0]
 RANGE_CAPS = (20, 24, 28, 32, 36, 40)
-ROUNDING_GROUP_SIZE = 128
 WIDTH_QUANTILES = (0.5, 0.9, 0.99, 1.0)
 
 Report = Callable[[str], None]
@@ -79,16 +78,20 @@ def pair_rows(
     rounding = []
     for recording in recordings:
         replay = Replay(recording)
+        tracks: dict[Store, Track] = {}
         for size in group_sizes:
             report(f"{recording.name}, groups of {size}")
-            offered = [store for store in (*firsts, *seconds) if store.offered(size)]
-            tracks = {store: replay.track(store, size) for store in offered}
+            for store in (*firsts, *seconds):
+                if store.grouped or store not in tracks:
+                    tracks.pop(store, None)
+                    if store.offered(size):
+                        tracks[store] = replay.track(store, size)
             for first, second in product(firsts, seconds):
                 at = size if first.grouped or second.grouped else None
                 if first in tracks and second in tracks and (at or size == group_sizes[0]):
                     row = rows.setdefault((first, second, at), _pair_row(first, second, at))
                     row["cells"] |= replay.cells(tracks[first], tracks[second])
-            if size == ROUNDING_GROUP_SIZE:
+            if size == DEFAULT_GROUP_SIZE:
                 judged = [v for v in seconds if v in tracks and v != EXACT_SECOND and not v.flushes]
                 rounding += [replay.rounding_row(store, tracks[store], size) for store in judged]
     return [*rows.values(), *rounding]
@@ -108,7 +111,7 @@ def _pair_row(first: Store, second: Store, group_size: int | None) -> dict:
 
 
 def range_rows(
-    recordings: Sequence[Recording], report: Report, *, caps: Sequence[int] = RANGE_CAPS, group_sizes: Sequence[int] = (128,)
+    recordings: Sequence[Recording], report: Report, *, caps: Sequence[int] = RANGE_CAPS, group_sizes: Sequence[int] = (DEFAULT_GROUP_SIZE,)
 ) -> list[dict]:
     """e4m3 with expansion in both moments, with groups cut at other widths than the package's."""
     rows: dict[tuple[int, int], dict] = {}

@@ -93,19 +93,16 @@ def _language_pieces(width: int) -> list[Piece]:
         return Piece(name, first * length, count * length)
 
     return [
-        rows("embed.weight", 24, 24),
-        rows("embed.weight", 96, 16),
+        rows("embed.weight", 24, 16),
+        rows("embed.weight", 96, 8),
         rows("position", 0, 8),
         Piece("blocks.0.norm1.weight"),
         rows("blocks.0.qkv.weight", 0, 8),
-        rows("blocks.0.qkv.weight", 2 * width, 8),
-        Piece("blocks.0.qkv.bias"),
         rows("blocks.0.up.weight", 32, 8),
         rows("blocks.1.out.weight", 0, 8),
         rows("blocks.1.down.weight", 16, 2, 4 * width),
         Piece("blocks.2.up.bias"),
-        Piece("norm.bias"),
-        rows("head.weight", 24, 16),
+        rows("head.weight", 24, 8),
         rows("head.weight", 96, 8),
     ]
 
@@ -119,13 +116,13 @@ def _language_model(name: str, what: str, width: int, steps: int) -> Recording:
     return Recording(name, what, torch.stack(grads))
 
 
-def language(steps: int = 1000) -> Recording:
+def language(steps: int = 800) -> Recording:
     """The study's byte-level transformer, 128 wide as models' widths are multiples of it, under float32 AdamW with beta2 = 0.999."""
     what = "the byte-level transformer of `bench/study`, 128 wide: embeddings, attention, MLP, biases, norms"
     return _language_model("language", what, 128, steps)
 
 
-def straddling(steps: int = 600) -> Recording:
+def straddling(steps: int = 400) -> Recording:
     """The same 96 wide: a group of 64 or more holds parts of two rows, which an embedding may keep many octaves apart."""
     return _language_model("straddling", "the same, 96 wide: groups of 64 and more straddle the rows of embeddings", 96, steps)
 
@@ -138,10 +135,10 @@ def _lora_pieces(names: Sequence[str]) -> list[Piece]:
         "single_transformer_blocks.1.attn.to_k",
         "single_transformer_blocks.3.proj_out",
     )
-    return [Piece(name, length=2048) for name in names if name.partition(".lora_")[0] in layers]
+    return [Piece(name, length=1024) for name in names if name.partition(".lora_")[0] in layers]
 
 
-def lora(base_steps: int = 500, steps: int = 600) -> Recording:
+def lora(base_steps: int = 400, steps: int = 500) -> Recording:
     """The demo's LoRA on its small FLUX under float32 AdamW; the base model is trained before, unrecorded."""
     from coat_train.comparison import LORA_LR, WEIGHT_DECAY, Settings, train_base
     from coat_train.data import ImageClasses

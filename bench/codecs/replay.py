@@ -16,9 +16,9 @@ BETA2 = (0.95, 0.999)
 EPS = 1e-8
 #: Rounding is judged with the slower of the two, whose moving average stalls first.
 SLOW_BETA2 = max(BETA2)
-#: What is measured of a pair: ||u_q - u|| / ||u|| of the exact moments encoded once, mean over the late steps; of the moments carried by the
-#: codecs from the first step on, over the late and over the early steps; max |u_q| / max |u|, the worst of all steps; share of the non-zero
-#: second moments that are stored as zero, mean over the late steps.
+#: What is measured of a pair: ||u_q - u|| / ||u|| of the exact moments encoded once, mean over the late steps; the same of the moments
+#: carried by the codecs from the first step on, over the late and over the early steps; max |u_q| / max |u|, the worst of all steps; share
+#: of the non-zero second moments that are stored as zero, mean over the late steps.
 METRICS = ("one_shot", "running", "early", "largest", "flushed")
 
 

@@ -15,7 +15,13 @@ from coat_kernels.formats.reference import decode_group, encode_group, round_bfl
 from coat_kernels.ops.state import Moment
 
 GROUP_SIZES = (32, 64, 128, 256)
-CONTROL_GROUP_SIZE = 128
+#: Of what is measured at one group size alone, and of the tables that show one.
+DEFAULT_GROUP_SIZE = 128
+
+
+_FLOAT8 = ("e4m3", "e4m3_expand", "e5m2", "e5m2_expand")
+#: Slow to dither in the reference: one group size shows what stochastic rounding does.
+_DITHERED_ONCE = ("e4m3", "e5m2", "e5m2_expand", "e2m1_expand")
 
 
 @dataclass(frozen=True)
@@ -44,9 +50,9 @@ class Store:
         return self.codec not in ("float32", "bfloat16")
 
     def offered(self, group_size: int) -> bool:
-        """Whether it is measured at this group size: dynamic8 in its block sizes, controls in the default groups alone."""
-        if self.flushes:
-            return group_size == CONTROL_GROUP_SIZE
+        """Whether it is measured at this group size."""
+        if self.flushes or (self.rounding == "stochastic" and self.codec in _DITHERED_ONCE):
+            return group_size == DEFAULT_GROUP_SIZE
         return self.codec != "dynamic8" or group_size in dynamic8.BLOCK_SIZES
 
     def bytes_per_element(self, group_size: int) -> float:
@@ -71,8 +77,6 @@ class Store:
         encoded = encode_group(x, codec, group_size, signed=self.signed or self.flushes, rounding=self.rounding, key=key)
         return decode_group(*encoded, codec, group_size)
 
-
-_FLOAT8 = ("e4m3", "e4m3_expand", "e5m2", "e5m2_expand")
 
 FIRST = (
     *(Store(codec, True) for codec in ("float32", "bfloat16", *_FLOAT8, "softsign8", "e2m1", "e2m1_expand", "dynamic8")),

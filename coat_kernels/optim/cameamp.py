@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..ops.came_8bit import CameFormat, CameSettings
+from ..ops.came_8bit.magnitudes import sum_magnitudes
 from ..ops.came_8bit.settings import RANK_HEAD, RANK_MAX_SIDE, has_edges, matrix_sides, phase_of, tail_side
 from ._adam import check_lr
 from ._plan import local
@@ -154,14 +155,13 @@ class Automagic_CameAMP_Improved_8Bit(CameOptimizer):
 
     def _run(self, key: Any, group: dict[str, Any], params: list[Tensor]) -> None:
         super()._run(key, group, params)
-        self._end_phases([param for param in params if param.grad is not None])
+        warm_up = {i for launch in self._plans[key].launches if launch.bucket.fmt.phase != "late" for i in launch.positions}
+        if warm_up:
+            self._end_phases([params[i] for i in warm_up])
 
     def _end_phases(self, params: Sequence[Tensor]) -> None:
         """Free the states of a phase whose last step was just made, by moving the others to a new arena."""
-        warm_up = self.config.warmup_steps
-        if not params or not warm_up:
-            return
-        last_steps = {(warm_up - 1) // 2, warm_up - 1}
+        last_steps = {(self.config.warmup_steps - 1) // 2, self.config.warmup_steps - 1}
         counts = torch.stack([self.state[param]["step"] for param in params]).tolist()
         moved: dict[Any, list[Tensor]] = defaultdict(list)
         for param, count in zip(params, counts, strict=True):
@@ -201,8 +201,7 @@ class Automagic_CameAMP_Improved_8Bit(CameOptimizer):
 
     def _grad_l1(self, grads: list[Any]) -> float:
         """Sum of |g| over the gradients that are there, in the gradients' own unit; infinity, which has no effect, for 0 and NaN."""
-        present = [local(grad) for grad in grads if grad is not None]
-        total = sum(float(torch.stack(norms).sum()) for norms in _norms_by_device(present))
+        total = sum_magnitudes([local(grad) for grad in grads if grad is not None])
         scale = getattr(self, "grad_scale", None)
         total = total if scale is None else total / float(scale)
         return total if 0 < total < math.inf else math.inf
@@ -258,14 +257,6 @@ class Automagic_CameAMP_Improved_8Bit(CameOptimizer):
                     entry["tensors"] += len(without)
                     entry["parameters"] += sum(without)
         return found
-
-
-def _norms_by_device(grads: list[Tensor]) -> list[list[Tensor]]:
-    """Sums of magnitudes, float32, a list a device."""
-    devices: dict[torch.device, list[Tensor]] = defaultdict(list)
-    for grad in grads:
-        devices[grad.device].append(grad)
-    return [list(torch._foreach_norm(own, 1, dtype=torch.float32)) for own in devices.values()]
 
 
 #: PEP 8 name; trainers that send every name ending in 8bit to bitsandbytes take it too.

@@ -95,8 +95,8 @@ COAT_SIMD_INLINE void encode_softsign8(float amax, const float* x, int n, const 
   const F magic = set1(1.5f * kFixedMagic);  // adding it leaves a signed integer, rounded to even, in the low byte
   store_codes(codes, n, [&](int i) __attribute__((always_inline)) {
     const F value = load(x + i), magnitude = abs(value), sum = add(magnitude, top);
-    if (!kKeep && !kStochastic) return and_(as_int(add(mul(div(value, sum), set1(254.0f)), magic)), byte);
-    const F y = mul(div(magnitude, sum), set1(254.0f));
+    if (!kKeep && !kStochastic) return and_(as_int(add(div(mul(value, set1(254.0f)), sum), magic)), byte);
+    const F y = div(mul(magnitude, set1(254.0f)), sum);
     I code;
     if (kStochastic) {
       code = truncate(y);
