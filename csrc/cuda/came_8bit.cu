@@ -17,11 +17,10 @@ struct Came {
   int step;
   int64_t rows, cols, numel;
   bool matrix, edges, early, signs, first;
-  float *gradient = nullptr, *momentum = nullptr;                                                            // whole tensor
-  float *partial = nullptr, *col_v = nullptr, *col_r = nullptr, *col_m = nullptr, *col_h = nullptr;          // [cols]
-  float *row_v = nullptr, *row_r = nullptr, *row_scale = nullptr, *row_bump = nullptr, *row_keep = nullptr;  // [rows]
-  float clip = 1;                                                                                            // of h
+  float *gradient = nullptr, *momentum = nullptr;  // whole tensor
+  float clip = 1;                                  // of h
 
+  // The caller synchronizes.
   __device__ void lay_out(float* memory) {
     const auto take = [&memory](int64_t floats) {
       float* const taken = memory;
@@ -30,16 +29,11 @@ struct Came {
     };
     gradient = take(numel);
     momentum = take(numel);
-    partial = take(cols > team.size() ? cols : team.size());
-    col_v = take(cols);
-    col_r = take(cols);
-    col_m = take(cols);
-    col_h = take(cols);
-    row_v = take(rows);
-    row_r = take(rows);
-    row_scale = take(rows);
-    row_bump = take(rows);
-    row_keep = take(rows);
+    float* const partial = take(cols > team.size() ? cols : team.size());
+    float *const col_v = take(cols), *const col_r = take(cols), *const col_m = take(cols), *const col_h = take(cols);
+    float *const row_v = take(rows), *const row_r = take(rows);
+    float *const row_scale = take(rows), *const row_bump = take(rows), *const row_keep = take(rows);
+    if (threadIdx.x == 0) shared.at = {partial, col_v, col_r, col_m, col_h, row_v, row_r, row_scale, row_bump, row_keep};
   }
 
   __device__ float rms(double squares) const { return static_cast<float>(sqrt(squares / static_cast<double>(numel))); }
@@ -137,7 +131,7 @@ struct Came {
       return x * x;
     };
     double total = 0;
-    column_sums(team, rows, cols, partial, square, [&](int64_t c, float sum) {
+    column_sums(team, rows, cols, shared.at.partial, square, [&](int64_t c, float sum) {
       const float moved = beta * col_state[c] + rest * (sum / static_cast<float>(rows) + eps);
       col_state[c] = moved;
       col_factor[c] = 1 / sqrtf(moved / correction);
@@ -161,7 +155,7 @@ struct Came {
 
   // The normalised gradient, clipped once `clip` is known.
   __device__ float normalised(int64_t i, int64_t r, int64_t c) const {
-    const float factor = row_v[r] * col_v[c];
+    const float factor = shared.at.row_v[r] * shared.at.col_v[c];
     return gradient[i] * (factor > kMostByMoment ? kMostByMoment : factor) * clip;
   }
 
@@ -183,12 +177,12 @@ struct Came {
     for_rows(team, rows, [&](int64_t r) {
       const float spread = variance(r, [&](int64_t i, int64_t, int64_t) { return gradient[i]; });
       if (threadIdx.x % kWarp == 0) {
-        row_keep[r] = spread;
+        shared.at.row_keep[r] = spread;
         total += spread;
       }
     });
     const auto least = static_cast<float>(1e-2 * team.sum(total) / static_cast<double>(rows));
-    for (int64_t r = team.rank(); r < rows; r += team.size()) row_keep[r] = row_keep[r] < least ? 0.5f : 1.0f;
+    for (int64_t r = team.rank(); r < rows; r += team.size()) shared.at.row_keep[r] = shared.at.row_keep[r] < least ? 0.5f : 1.0f;
     team.barrier();
   }
 
@@ -204,7 +198,7 @@ struct Came {
         const float factor = spread * job.detail_preservation;
         bump *= factor > 1.5f ? 1.5f : factor > 0.5f ? factor : 0.5f;  // NaN: 0.5
       }
-      if (threadIdx.x % kWarp == 0) row_bump[r] = bump;
+      if (threadIdx.x % kWarp == 0) shared.at.row_bump[r] = bump;
     });
     team.barrier();
   }
@@ -250,8 +244,8 @@ struct Came {
       return h * h;
     };
     if (matrix) {
-      column_sums(team, rows, cols, partial, square_m, [&](int64_t c, float sum) { col_m[c] = inverse(sum); });
-      column_sums(team, rows, cols, partial, square_h, [&](int64_t c, float sum) { col_h[c] = inverse(sum); });
+      column_sums(team, rows, cols, shared.at.partial, square_m, [&](int64_t c, float sum) { shared.at.col_m[c] = inverse(sum); });
+      column_sums(team, rows, cols, shared.at.partial, square_h, [&](int64_t c, float sum) { shared.at.col_h[c] = inverse(sum); });
       return;
     }
     float m = 0, h = 0;
@@ -261,14 +255,14 @@ struct Came {
     });
     const float inverse_m = inverse(team.sum(m)), inverse_h = inverse(team.sum(h));
     for (int64_t c = team.rank(); c < cols; c += team.size()) {
-      col_m[c] = inverse_m;
-      col_h[c] = inverse_h;
+      shared.at.col_m[c] = inverse_m;
+      shared.at.col_h[c] = inverse_h;
     }
     team.barrier();
   }
 
   __device__ float advance_torque(int64_t i, int64_t c, float h, float root) const {
-    const float agreement = clamp_float(momentum[i] * col_m[c] * (h * col_h[c]) * root, -1, 1);
+    const float agreement = clamp_float(momentum[i] * shared.at.col_m[c] * (h * shared.at.col_h[c]) * root, -1, 1);
     const float old =
         job.use_8bit ? static_cast<float>(static_cast<const int8_t*>(row.torque)[i]) / 127 : static_cast<float*>(row.torque)[i];
     const float s = (1 - job.adaptation_rate) * old + job.adaptation_rate * agreement;
@@ -291,7 +285,7 @@ struct Came {
   }
 
   __device__ float update(int64_t i, int64_t r, int64_t c) const {
-    const float factor = row_r[r] * col_r[c];
+    const float factor = shared.at.row_r[r] * shared.at.col_r[c];
     return momentum[i] * (factor > kMostByInstability ? kMostByInstability : factor);
   }
 
@@ -307,7 +301,7 @@ struct Came {
         });
         scale = 1 / (job.eta * sqrtf(sqrtf(squares) + 1 / (job.eta * job.eta)));
       }
-      if (threadIdx.x % kWarp == 0) row_scale[r] = scale;
+      if (threadIdx.x % kWarp == 0) shared.at.row_scale[r] = scale;
     });
     team.barrier();
   }
@@ -320,7 +314,7 @@ struct Came {
     value += numbers.lr_raise;
     if (signs && !first) {
       const bool before = (row.polarity[i >> 3] >> (i & 7)) & 1;
-      value += (gradient[i] > 0) == before ? row_bump[r] : -row_bump[r];
+      value += (gradient[i] > 0) == before ? shared.at.row_bump[r] : -shared.at.row_bump[r];
     }
     value = clamp_float(value, job.min_lr, job.max_lr);
     if (job.use_8bit) {
@@ -388,10 +382,10 @@ struct Came {
     for_elements(team, rows, cols, [&](int64_t i, int64_t r, int64_t c) {
       const float lr = job.amp ? advance_mask(i, r, mask_key) * numbers.lr_factor : numbers.lr_factor;
       float u = scale * (early ? momentum[i] : update(i, r, c));
-      if (job.amp && !early) u = u * gradient[i] > 0 ? u * row_keep[r] : u == u ? 0.0f : u;
+      if (job.amp && !early) u = u * gradient[i] > 0 ? u * shared.at.row_keep[r] : u == u ? 0.0f : u;
       if (early && row.edge_history != nullptr) u *= advance_history(i, r, c, scale, size, history_key);
       const float p = load_element(row.param, static_cast<DType>(job.param_dtype), i);
-      store_param(i, p * (1 - lr * job.weight_decay) - lr * row_scale[r] * u, param_key);
+      store_param(i, p * (1 - lr * job.weight_decay) - lr * shared.at.row_scale[r] * u, param_key);
     });
     team.barrier();
   }
@@ -407,9 +401,9 @@ struct Came {
   __device__ void run() {
     shape_gradient();
     const auto gradient_of = [&](int64_t i, int64_t, int64_t) { return gradient[i]; };
-    advance_factors(row.exp_avg_sq_row, row.exp_avg_sq_col, job.beta2, job.rest2, job.eps1, numbers.bias_correction2, gradient_of, row_v,
-                    col_v);
-    for (int64_t r = team.rank(); r < rows; r += team.size()) row_keep[r] = 1;
+    advance_factors(row.exp_avg_sq_row, row.exp_avg_sq_col, job.beta2, job.rest2, job.eps1, numbers.bias_correction2, gradient_of,
+                    shared.at.row_v, shared.at.col_v);
+    for (int64_t r = team.rank(); r < rows; r += team.size()) shared.at.row_keep[r] = 1;
     load_momentum();
     team.barrier();
     if (job.amp && !early && job.background_regularization && matrix) find_background();
@@ -426,10 +420,11 @@ struct Came {
     store_momentum();
     if (job.came && (job.amp || matrix)) {
       const auto instability = [&](int64_t i, int64_t r, int64_t c) { return normalised(i, r, c) - momentum[i]; };
-      advance_factors(row.res_row, row.res_col, job.beta3, job.rest3, job.eps2, numbers.bias_correction3, instability, row_r, col_r);
+      advance_factors(row.res_row, row.res_col, job.beta3, job.rest3, job.eps2, numbers.bias_correction3, instability, shared.at.row_r,
+                      shared.at.col_r);
     } else {
-      for (int64_t r = team.rank(); r < rows; r += team.size()) row_r[r] = 1;
-      for (int64_t c = team.rank(); c < cols; c += team.size()) col_r[c] = 1;
+      for (int64_t r = team.rank(); r < rows; r += team.size()) shared.at.row_r[r] = 1;
+      for (int64_t c = team.rank(); c < cols; c += team.size()) shared.at.col_r[c] = 1;
     }
     find_row_scales();
     apply();
@@ -457,12 +452,12 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) came_8bit(CameArgument
         shared.new_mask[i] = arguments.tables[static_cast<int>(numbers.new_table) * 256 + i];
       }
     }
-    __syncthreads();
     const CamePhase phase = static_cast<CamePhase>(arguments.phase);
     const bool matrix = row.exp_avg_sq_row != nullptr, edges = matrix && row.rows > 2 && row.cols > 2;
     const bool early = arguments.amp && phase == CamePhase::kEarly, signs = arguments.amp && phase != CamePhase::kLate;
     Came came{arguments, row, numbers, shared, team, job.y, row.rows, row.cols, row.numel, matrix, edges, early, signs, first};
     came.lay_out(workspace);
+    __syncthreads();
     came.run();
   }
 }

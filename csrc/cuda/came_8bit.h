@@ -51,8 +51,14 @@ struct CameArguments {
 constexpr float kTiny = 1e-30f, kMostByMoment = 1e30f, kMostByInstability = 1e12f, kHistoryMax = 9.0f;
 constexpr uint32_t kStreamMask = 4, kStreamHistory = 5;
 
+// Arrays of a tensor's workspace behind its gradient and momentum: [max(cols, team)]; [cols]; [rows].
+struct CameWorkspace {
+  float *partial, *col_v, *col_r, *col_m, *col_h, *row_v, *row_r, *row_scale, *row_bump, *row_keep;
+};
+
 struct CameShared {
   double sums[kThreads];
+  CameWorkspace at;  // here, as registers are short
   Dynamic8Tables exp_avg;
   float old_mask[256], new_mask[256];
 };

@@ -18,8 +18,8 @@ ALL = {"edge_suppression": True, "spatial_awareness": True, "lora_rank_penalty":
 CAME = CameSettings(1e-2, (0.9, 0.999, 0.9999), weight_decay=0.1)
 PENALTIES = {"edge_penalty": 0.1, "frequency_penalty": 0.05, "rank_penalty_strength": 0.02, "background_regularization": True}
 CAMEAMP = CameSettings(
-    **{"lr": 2e-4, "betas": (0.9, 0.999, 0.9999), "clip_threshold": 0.3, "weight_decay": 0.1, "grad_l1": 200.0, "eta": 2.0},
-    **{"low_rank_emphasis": 1.2, "detail_preservation": 1.5, **PENALTIES},
+    **{"lr": 2e-4, "betas": (0.9, 0.999, 0.9999), "clip_threshold": 0.05, "weight_decay": 0.1, "grad_l1": 200.0, "eta": 2.0},
+    **{"low_rank_emphasis": 1.2, "detail_preservation": 600.0, **PENALTIES},
 )
 #: Sums in another order, a few roots and quotients: float32 roundings, some of which add up over a column.
 RTOL = 2e-5
