@@ -155,14 +155,13 @@ class Automagic_CameAMP_Improved_8Bit(CameOptimizer):
 
     def _run(self, key: Any, group: dict[str, Any], params: list[Tensor]) -> None:
         super()._run(key, group, params)
-        self._end_phases([param for param in params if param.grad is not None])
+        warm_up = {i for launch in self._plans[key].launches if launch.bucket.fmt.phase != "late" for i in launch.positions}
+        if warm_up:
+            self._end_phases([params[i] for i in warm_up])
 
     def _end_phases(self, params: Sequence[Tensor]) -> None:
         """Free the states of a phase whose last step was just made, by moving the others to a new arena."""
-        warm_up = self.config.warmup_steps
-        if not params or not warm_up:
-            return
-        last_steps = {(warm_up - 1) // 2, warm_up - 1}
+        last_steps = {(self.config.warmup_steps - 1) // 2, self.config.warmup_steps - 1}
         counts = torch.stack([self.state[param]["step"] for param in params]).tolist()
         moved: dict[Any, list[Tensor]] = defaultdict(list)
         for param, count in zip(params, counts, strict=True):
