@@ -1,4 +1,4 @@
-"""The CAME step as an op: every instruction set against the float64 reference, feature by feature and phase by phase; bad numbers; errors."""
+"""The CAME step as an op: every instruction set against the float64 reference, by feature and phase; bad numbers; errors."""
 
 from __future__ import annotations
 
@@ -237,6 +237,12 @@ def test_maximize_and_grad_scale(cpu: torch.device) -> None:
     kept, numbers = FEATURES["all"]
     tensors = make(CameFormat(phase="early", **kept))
     walk(tensors, {**numbers, "maximize": True, "grad_scale": torch.full((1,), 0.37)}, 3)
+
+
+@stored
+def test_bounds_of_the_learning_rates(use_8bit: bool, cpu: torch.device) -> None:
+    tensors = make(CameFormat(phase="early", use_8bit=use_8bit), [(16, 64), (300,), (5, 9, 3, 3)])
+    walk(tensors, {"min_lr": 3.2e-5, "max_lr": 1.01e-4, "lr_bump": 5e-5})
 
 
 def test_constant_learning_rates(cpu: torch.device) -> None:
