@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict, fields
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..ops.came_8bit import CameFormat, CameSettings
-from ..ops.came_8bit.magnitudes import sum_magnitudes
+from ..ops.came_8bit.magnitudes import grad_l1
 from ..ops.came_8bit.settings import RANK_HEAD, RANK_MAX_SIDE, has_edges, matrix_sides, phase_of, tail_side
 from ._adam import check_lr
 from ._plan import local
@@ -193,18 +192,11 @@ class Automagic_CameAMP_Improved_8Bit(CameOptimizer):
         numbers = ("min_lr", "max_lr", "lr_bump", "eps", "beta1_decay", "adaptation_rate", "edge_threshold", "edge_penalty")
         shaping = ("frequency_penalty", "rank_penalty_strength", "low_rank_emphasis", "detail_preservation", "background_regularization")
         return CameSettings(
-            grad_l1=self._grad_l1(grads),
+            grad_l1=grad_l1([local(grad) for grad in grads if grad is not None], getattr(self, "grad_scale", None)),
             eta=None if group["full_finetune"] else group["eta"],
             **{name: group[name] for name in (*numbers, *shaping)},
             **self._common(group),
         )
-
-    def _grad_l1(self, grads: list[Any]) -> float:
-        """Sum of |g| over the gradients that are there, in the gradients' own unit; infinity, which has no effect, for 0 and NaN."""
-        total = sum_magnitudes([local(grad) for grad in grads if grad is not None])
-        scale = getattr(self, "grad_scale", None)
-        total = total if scale is None else total / float(scale)
-        return total if 0 < total < math.inf else math.inf
 
     # ---- report
 
