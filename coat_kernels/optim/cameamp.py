@@ -33,6 +33,9 @@ class Automagic_CameAMP_Improved_8Bit(CameOptimizer):
     to W each element's learning rate moves by `lr_bump` as the gradient keeps or changes its sign; then it stays in
     proportion to the group's lr, which a scheduler may move at any time.
 
+    An element's gradient is damped by its share of the group's sum of magnitudes (AGR): one that is the whole of its group's gradient does
+    not move. `step_parameter` and sharded parameters take the sum over what is at hand.
+
     A parameter of shape [n, ...] is a matrix of n rows. Vectors, and parameters that FSDP or ZeRO flattened, have none of the
     features that need rows and columns; `get_memory_efficiency_report()` names what is off. States of LoRA factors of rank 16 take at
     most 4.8 bytes an element in the first half of the warm-up, 2.8 in the second and 2.6 after it; AdamW's take 8.
