@@ -18,11 +18,9 @@ from ._adam import check_lr
 from ._plan import local
 from ._states import allocate
 from .came_8bit import CameOptimizer
-from .cameamp_config import GROUP_FIELDS, STRUCTURAL, Improved8BitOptimizerConfig, check_names, check_numbers
+from .cameamp_config import GROUP_FIELDS, STRUCTURAL, Improved8BitOptimizerConfig, check_numbers
 
 _log = logging.getLogger("coat_kernels.optim")
-
-_OWN_OPTIONS = ("block_size", "param_rounding", "seed", "maximize", "foreach", "fused", "capturable", "differentiable")
 
 
 class Automagic_CameAMP_Improved_8Bit(CameOptimizer):
@@ -107,11 +105,9 @@ class Automagic_CameAMP_Improved_8Bit(CameOptimizer):
         fused: bool | None = None,
         capturable: bool = False,
         differentiable: bool = False,
-        **unknown: Any,
     ) -> None:
         arguments = locals()
         names = [field.name for field in fields(Improved8BitOptimizerConfig)]
-        check_names(type(self).__name__, unknown, (*names, *_OWN_OPTIONS))
         given = {name: arguments[name] for name in names if arguments[name] is not None}
         if self._profile is not None and given.setdefault("profile", self._profile) != self._profile:
             raise ValueError(f"{type(self).__name__} is the profile {self._profile!r}; for {profile!r} take AutomagicCameAMP")
@@ -131,9 +127,11 @@ class Automagic_CameAMP_Improved_8Bit(CameOptimizer):
             )
         check_lr(group["lr"], foreach=group["foreach"], capturable=False)
         check_numbers(group)
-        lr = float(group["lr"])
-        if lr > group["max_lr"]:
-            _log.warning("lr %g lies above max_lr %g, which bounds every element's learning rate: raise max_lr", lr, group["max_lr"])
+        lr, low, high = float(group["lr"]), group["min_lr"], group["max_lr"]
+        if lr > high:
+            _log.warning("lr %g lies above max_lr %g, which bounds every element's learning rate: raise max_lr", lr, high)
+        elif 0 < lr < low:
+            _log.warning("lr %g lies below min_lr %g, which bounds every element's learning rate: lower min_lr", lr, low)
         super()._check_group(group)
 
     # ---- what is stored
