@@ -20,6 +20,9 @@ class CameBucket(Bucket):
     op = "came_8bit"
     columns = COLUMNS
 
+    #: Host copy of the tensors' `lr_max`.
+    _lr_max: Tensor | None = None
+
     @staticmethod
     def _arrays(state: dict[str, Tensor], fmt: StepFormat, param: Tensor) -> dict[str, Tensor]:
         held = Bucket._arrays(state, fmt, param)
@@ -38,11 +41,12 @@ class CameBucket(Bucket):
         if self.fmt.rule == "came":
             return steps, tensor_numbers(steps, None, hyper, self.fmt)
         stored = [arrays["lr_max"] for arrays in self.arrays]
-        lr_max = torch.cat(stored).cpu()
-        before = lr_max.clone()
-        numbers = tensor_numbers(steps, lr_max, hyper, self.fmt)
-        if not torch.equal(lr_max, before):
-            torch._foreach_copy_(stored, list(lr_max.to(self.device).split(1)))
+        if self._lr_max is None:  # read once: on a GPU every reading would wait for it
+            self._lr_max = torch.cat(stored).cpu()
+        before = self._lr_max.clone()
+        numbers = tensor_numbers(steps, self._lr_max, hyper, self.fmt)
+        if not torch.equal(self._lr_max, before):
+            torch._foreach_copy_(stored, list(self._lr_max.to(self.device).split(1)))
         return steps, numbers
 
     def _step_cpu(self, hyper: CameSettings) -> None:
