@@ -68,6 +68,23 @@ struct Came {
     momentum = held;
   }
 
+  // The gradient becomes change(i, row, col) of it; returns the sum of squares.
+  template <typename Change>
+  __device__ double change_gradient(Change change) {
+    float squares = 0;
+    map_elements<2>(
+        team, rows, cols,
+        [&](int64_t i, int64_t r, int64_t c) {
+          const float g = change(i, r, c);
+          squares += g * g;
+          return g;
+        },
+        [&](int64_t i, float g) { momentum[i] = g; });
+    const double total = team.sum(squares);
+    swap();
+    return total;
+  }
+
   // AGR with edge suppression, frequency penalty, rank penalty; the result lies in `gradient`, `momentum` is scratch.
   __device__ void shape_gradient() {
     const DType dtype = static_cast<DType>(job.grad_dtype);
@@ -75,35 +92,26 @@ struct Came {
     const bool suppressed = job.edge_suppression && edges;
     const float inverse_l1 = 1 / ((job.grad_l1 != nullptr ? *job.grad_l1 : job.grad_l1_value) + job.eps3);
     float squares = 0;
-    const auto add = [&squares](float g) {
-      squares += g * g;
-      return g;
-    };
     map_elements<4>(
         team, rows, cols,
         [&](int64_t i, int64_t, int64_t) {
           const float g = load_element(row.grad, dtype, i) * factor;
-          return add(!job.amp || suppressed ? g : g * (1 - at_most_one(fabsf(g) * inverse_l1)));
+          const float kept = !job.amp || suppressed ? g : g * (1 - at_most_one(fabsf(g) * inverse_l1));
+          squares += kept * kept;
+          return kept;
         },
         [&](int64_t i, float g) { gradient[i] = g; });
     double total = team.sum(squares);
-    const auto pass = [&](auto change) {
-      squares = 0;
-      map_elements<2>(
-          team, rows, cols, [&](int64_t i, int64_t r, int64_t c) { return add(change(i, r, c)); },
-          [&](int64_t i, float g) { momentum[i] = g; });
-      total = team.sum(squares);
-      swap();
-    };
+    if (!job.amp) return;
     if (suppressed) {
       const float inverse = edge_inverse(rms(total));
-      pass([&](int64_t i, int64_t r, int64_t c) {
+      total = change_gradient([&](int64_t i, int64_t r, int64_t c) {
         const float g = gradient[i], share = fabsf(g) * inverse_l1 * (1 + job.edge_penalty * edge(gradient, inverse, i, r, c));
         return g * (1 - at_most_one(share));
       });
     }
     if (job.frequency_penalty > 0 && edges) {
-      pass([&](int64_t i, int64_t r, int64_t c) {
+      total = change_gradient([&](int64_t i, int64_t r, int64_t c) {
         const float *const here = gradient + r * cols, *const above = r > 0 ? here - cols : here;
         const float* const below = r + 1 < rows ? here + cols : here;
         const float g = here[c], blurred = (along(above, c) + 2 * along(here, c) + along(below, c)) / 4;
