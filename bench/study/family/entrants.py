@@ -76,11 +76,11 @@ def _cameamp(network: nn.Module, outer, lr: float, decay: float, steps: int, for
 
 
 FAMILIES: dict[str, Family] = {
-    "FP8AdamW": Family((1e-3, 2e-3, 4e-3, 8e-3), _fp8_adamw, ("e4m3", "e4m3+log8", "softsign8+log8")),
-    "AdamW8bit": Family((1e-3, 2e-3, 4e-3, 8e-3), _plain("AdamW8bit")),
+    "FP8AdamW": Family((2e-3, 4e-3, 8e-3, 1.6e-2), _fp8_adamw, ("e4m3", "e4m3+log8", "softsign8+log8")),
+    "AdamW8bit": Family((2e-3, 4e-3, 8e-3, 1.6e-2), _plain("AdamW8bit")),
     # the usual exchange with AdamW: a fifth of the learning rate, five times the decay
-    "Lion8bit": Family((2e-4, 4e-4, 8e-4, 1.6e-3), _plain("Lion8bit"), decay_factor=5.0),
+    "Lion8bit": Family((2e-4, 4e-4, 8e-4, 1.6e-3, 3.2e-3), _plain("Lion8bit"), decay_factor=5.0),
     "CAME8bit": Family((2.5e-4, 5e-4, 1e-3, 2e-3), _plain("CAME8bit")),
-    "Muon8bit": Family((1e-3, 2e-3, 4e-3, 8e-3), _muon),
+    "Muon8bit": Family((2e-3, 4e-3, 8e-3, 1.6e-2), _muon),
     "AutomagicCameAMP": Family((1e-3, 2e-3, 4e-3, 8e-3), _cameamp),
 }
