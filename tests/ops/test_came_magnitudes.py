@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from coat_kernels.ops.came_8bit.magnitudes import sum_magnitudes
+from coat_kernels.ops.came_8bit.magnitudes import grad_l1, sum_magnitudes
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -48,3 +48,14 @@ def test_the_sum_does_not_depend_on_threads() -> None:
     finally:
         torch.set_num_threads(before)
     assert len(sums) == 1
+
+
+def test_agr_is_off_without_a_finite_sum(device: torch.device) -> None:
+    x = torch.tensor([3.0, -5.0], device=device)
+    scale = torch.tensor(4.0, device=device)
+    assert float(grad_l1([x, x], None)) == 16
+    assert float(grad_l1([x, x], scale)) == 4
+    assert isinstance(grad_l1([x], None), torch.Tensor) == (device.type == "cuda"), "a GPU's sum stays there"
+    for value in (0.0, math.inf, math.nan):
+        assert float(grad_l1([torch.full((3,), value, device=device)], None)) == math.inf
+    assert grad_l1([], None) == math.inf
