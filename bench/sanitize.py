@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 
 import coat_kernels
-from coat_kernels.optim import AdamW8bit, FP8AdamW, FP8QuantizationConfig, Lion8bit
+from coat_kernels.optim import AdamW8bit, CAME8bit, FP8AdamW, FP8QuantizationConfig, Lion8bit
 
 SIZES = (0, 1, 127, 128, 129, 511, 513, 3072, 4097)
 
@@ -37,6 +37,7 @@ def steps() -> None:
         lambda params: AdamW8bit(params, min_quant_numel=0),
         lambda params: AdamW8bit(params, min_quant_numel=1 << 20),
         lambda params: Lion8bit(params, min_quant_numel=0, block_size=2048),
+        lambda params: CAME8bit(params),
     )
     for dtype, make in itertools.product((torch.float32, torch.bfloat16), optimizers):
         # one flat buffer and views into it at odd offsets: parameters whose address is aligned to the element only

@@ -14,7 +14,7 @@ struct Came {
   const CameNumbers& numbers;
   CameShared& shared;
   Team& team;
-  int step;
+  int step, block_shift;
   int64_t rows, cols, numel;
   bool matrix, edges, early, signs, first;
   float *gradient = nullptr, *momentum = nullptr;  // whole tensor
@@ -52,10 +52,12 @@ struct Came {
     return sum;
   }
 
-  __device__ float edge(const float* x, float rms_of_x, int64_t i, int64_t r, int64_t c) const {
-    const float size = fabsf(laplacian(x, i, r, c)) / (4 * (rms_of_x + kTiny));
+  // |L x| in the unit of x's RMS whose inverse this is, where it counts as an edge.
+  __device__ float edge(const float* x, float inverse, int64_t i, int64_t r, int64_t c) const {
+    const float size = fabsf(laplacian(x, i, r, c)) * inverse;
     return size > job.edge_threshold ? size : 0.0f;
   }
+  __device__ float edge_inverse(float rms_of_x) const { return 1 / (4 * (rms_of_x + kTiny)); }
 
   // (1, 2, 1)/4 along a row, borders replicated.
   __device__ float along(const float* x, int64_t c) const { return (x[c > 0 ? c - 1 : 0] + 2 * x[c] + x[c + 1 < cols ? c + 1 : c]) / 4; }
@@ -70,38 +72,43 @@ struct Came {
   __device__ void shape_gradient() {
     const DType dtype = static_cast<DType>(job.grad_dtype);
     const float scale = job.grad_scale != nullptr ? 1.0f / *job.grad_scale : 1.0f, factor = job.maximize ? -scale : scale;
-    float squares = 0;
-    for_elements(team, rows, cols, [&](int64_t i, int64_t, int64_t) {
-      const float g = load_element(row.grad, dtype, i) * factor;
-      gradient[i] = g;
-      squares += g * g;
-    });
-    double total = team.sum(squares);
-    if (!job.amp) return;
-
-    const float l1 = (job.grad_l1 != nullptr ? *job.grad_l1 : job.grad_l1_value) + job.eps3, size = rms(total);
     const bool suppressed = job.edge_suppression && edges;
-    squares = 0;
-    for_elements(team, rows, cols, [&](int64_t i, int64_t r, int64_t c) {
-      const float g = gradient[i];
-      float share = fabsf(g) / l1;
-      if (suppressed) share *= 1 + job.edge_penalty * edge(gradient, size, i, r, c);
-      momentum[i] = g * (1 - at_most_one(share));
-      squares += momentum[i] * momentum[i];
-    });
-    total = team.sum(squares);
-    swap();
-    if (job.frequency_penalty > 0 && edges) {
+    const float inverse_l1 = 1 / ((job.grad_l1 != nullptr ? *job.grad_l1 : job.grad_l1_value) + job.eps3);
+    float squares = 0;
+    const auto add = [&squares](float g) {
+      squares += g * g;
+      return g;
+    };
+    map_elements<4>(
+        team, rows, cols,
+        [&](int64_t i, int64_t, int64_t) {
+          const float g = load_element(row.grad, dtype, i) * factor;
+          return add(!job.amp || suppressed ? g : g * (1 - at_most_one(fabsf(g) * inverse_l1)));
+        },
+        [&](int64_t i, float g) { gradient[i] = g; });
+    double total = team.sum(squares);
+    const auto pass = [&](auto change) {
       squares = 0;
-      for_elements(team, rows, cols, [&](int64_t i, int64_t r, int64_t c) {
+      map_elements<2>(
+          team, rows, cols, [&](int64_t i, int64_t r, int64_t c) { return add(change(i, r, c)); },
+          [&](int64_t i, float g) { momentum[i] = g; });
+      total = team.sum(squares);
+      swap();
+    };
+    if (suppressed) {
+      const float inverse = edge_inverse(rms(total));
+      pass([&](int64_t i, int64_t r, int64_t c) {
+        const float g = gradient[i], share = fabsf(g) * inverse_l1 * (1 + job.edge_penalty * edge(gradient, inverse, i, r, c));
+        return g * (1 - at_most_one(share));
+      });
+    }
+    if (job.frequency_penalty > 0 && edges) {
+      pass([&](int64_t i, int64_t r, int64_t c) {
         const float *const here = gradient + r * cols, *const above = r > 0 ? here - cols : here;
         const float* const below = r + 1 < rows ? here + cols : here;
         const float g = here[c], blurred = (along(above, c) + 2 * along(here, c) + along(below, c)) / 4;
-        momentum[i] = g - job.frequency_penalty * (g - blurred);
-        squares += momentum[i] * momentum[i];
+        return g - job.frequency_penalty * (g - blurred);
       });
-      total = team.sum(squares);
-      swap();
     }
     if (row.tail != nullptr) add_tail(job.rank_penalty_strength * rms(total));
   }
@@ -111,8 +118,9 @@ struct Came {
     const DType dtype = static_cast<DType>(job.param_dtype);
     const bool wide = rows <= cols;
     const int64_t side = wide ? rows : cols;
-    for_elements(team, rows, cols, [&](int64_t i, int64_t r, int64_t c) {
+    for_elements<1>(team, rows, cols, [&](int64_t i, int64_t r, int64_t c) {
       float sum = 0;
+#pragma unroll 2
       for (int64_t k = 0; k < side; ++k) {
         sum += wide ? row.tail[r * side + k] * load_element(row.param, dtype, k * cols + c)
                     : load_element(row.param, dtype, r * cols + k) * row.tail[k * side + c];
@@ -203,17 +211,15 @@ struct Came {
     team.barrier();
   }
 
-  __device__ void load_momentum() {
-    for_elements(team, rows, cols, [&](int64_t i, int64_t, int64_t) {
-      momentum[i] = job.use_8bit ? shared.exp_avg.map[static_cast<const uint8_t*>(row.exp_avg)[i]] * row.exp_avg_absmax[i / job.block_size]
-                                 : static_cast<const float*>(row.exp_avg)[i];
-    });
+  __device__ float stored_momentum(int64_t i) const {
+    if (!job.use_8bit) return static_cast<const float*>(row.exp_avg)[i];
+    return shared.exp_avg.map[static_cast<const uint8_t*>(row.exp_avg)[i]] * row.exp_avg_absmax[i >> block_shift];
   }
 
   // A warp for each quantization block.
   __device__ void store_momentum() {
     if (!job.use_8bit) {
-      for_elements(team, rows, cols, [&](int64_t i, int64_t, int64_t) { static_cast<float*>(row.exp_avg)[i] = momentum[i]; });
+      for_elements<4>(team, rows, cols, [&](int64_t i, int64_t, int64_t) { static_cast<float*>(row.exp_avg)[i] = momentum[i]; });
       return;
     }
     const int lane = static_cast<int>(threadIdx.x) % kWarp;
@@ -226,10 +232,11 @@ struct Came {
         if (bits < kInfBits) top = max(top, bits);
       }
       top = warp_max(top, kWarp * kElements);
-      const float absmax = bits_float(top);
+      const float absmax = bits_float(top), reciprocal = 1 / absmax;
+      const bool usual = absmax > 5.4210109e-20f && absmax < 1.3292280e+36f;  // 2^-64, 2^120: where `divide` is exact
       if (lane == 0) row.exp_avg_absmax[block] = absmax;
       for (int64_t j = lane; j < n; j += kWarp) {
-        const float z = absmax > 0 && is_finite(m[j]) ? m[j] / absmax : 0.0f;
+        const float x = is_finite(m[j]) ? m[j] : 0.0f, z = usual ? divide(x, absmax, reciprocal) : absmax > 0 ? x / absmax : 0.0f;
         static_cast<uint8_t*>(row.exp_avg)[first_element + j] = dynamic8_encode_signed(shared.exp_avg.entry, z);
       }
     });
@@ -249,7 +256,7 @@ struct Came {
       return;
     }
     float m = 0, h = 0;
-    for_elements(team, rows, cols, [&](int64_t i, int64_t r, int64_t c) {
+    for_elements<4>(team, rows, cols, [&](int64_t i, int64_t r, int64_t c) {
       m += square_m(i, r, c);
       h += square_h(i, r, c);
     });
@@ -264,7 +271,7 @@ struct Came {
   __device__ float advance_torque(int64_t i, int64_t c, float h, float root) const {
     const float agreement = clamp_float(momentum[i] * shared.at.col_m[c] * (h * shared.at.col_h[c]) * root, -1, 1);
     const float old =
-        job.use_8bit ? static_cast<float>(static_cast<const int8_t*>(row.torque)[i]) / 127 : static_cast<float*>(row.torque)[i];
+        job.use_8bit ? static_cast<float>(static_cast<const int8_t*>(row.torque)[i]) * (1.0f / 127) : static_cast<float*>(row.torque)[i];
     const float s = (1 - job.adaptation_rate) * old + job.adaptation_rate * agreement;
     if (job.use_8bit) {
       static_cast<int8_t*>(row.torque)[i] = s == s ? static_cast<int8_t>(clamp_float(rintf(s * 127), -127, 127)) : int8_t{0};
@@ -277,10 +284,14 @@ struct Came {
   __device__ void advance_momentum() {
     const float beta1 = numbers.beta1, root = sqrtf(static_cast<float>(matrix ? rows : numel));
     const float emphasis = row.tail != nullptr ? job.low_rank_emphasis : 1.0f;
-    for_elements(team, rows, cols, [&](int64_t i, int64_t r, int64_t c) {
-      const float h = normalised(i, r, c), gate = row.torque != nullptr ? (1 + advance_torque(i, c, h, root) * emphasis) / 2 : 1.0f;
-      momentum[i] = beta1 * momentum[i] + (1 - beta1) * gate * h;
-    });
+    map_elements<2>(
+        team, rows, cols,
+        [&](int64_t i, int64_t r, int64_t c) {
+          const float h = normalised(i, r, c);
+          if (row.torque == nullptr) return beta1 * stored_momentum(i) + (1 - beta1) * h;
+          return beta1 * momentum[i] + (1 - beta1) * ((1 + advance_torque(i, c, h, root) * emphasis) / 2) * h;
+        },
+        [&](int64_t i, float m) { momentum[i] = m; });
     team.barrier();
   }
 
@@ -327,15 +338,14 @@ struct Came {
   }
 
   // What edge suppression leaves of one element's update, u = scale * momentum.
-  __device__ float advance_history(int64_t i, int64_t r, int64_t c, float scale, float size, uint32_t key) const {
-    const float now = fabsf(laplacian(momentum, i, r, c)) * scale / (4 * (size * scale + kTiny));
+  __device__ float advance_history(int64_t i, int64_t r, int64_t c, float inverse, uint32_t key) const {
     const int code = job.use_8bit ? static_cast<const uint8_t*>(row.edge_history)[i] : 0;
-    const float old = job.use_8bit ? history_value(code) : static_cast<const float*>(row.edge_history)[i];
-    const float next = 0.9f * old + 0.1f * (now > job.edge_threshold ? now : 0.0f);
+    const float old = job.use_8bit ? shared.history[code] : static_cast<const float*>(row.edge_history)[i];
+    const float next = 0.9f * old + 0.1f * edge(momentum, inverse, i, r, c);
     if (job.use_8bit) {
       const float stored = next == next ? next : 0.0f;
-      const auto table = [](int at) { return history_value(at); };
-      const int guess = static_cast<int>(sqrtf(clamp_float(stored / kHistoryMax, 0, 1)) * 255);
+      const auto table = [&](int at) { return shared.history[at]; };
+      const int guess = static_cast<int>(sqrtf(clamp_float(stored * (1 / kHistoryMax), 0, 1)) * 255);
       static_cast<uint8_t*>(row.edge_history)[i] = encode_by_chance(stored, guess, table, key, i);
     } else {
       static_cast<float*>(row.edge_history)[i] = next;
@@ -356,7 +366,7 @@ struct Came {
 
   __device__ void apply() {
     float squares = 0, other = 0;
-    for_elements(team, rows, cols, [&](int64_t i, int64_t r, int64_t c) {
+    for_elements<2>(team, rows, cols, [&](int64_t i, int64_t r, int64_t c) {
       const float u = update(i, r, c), g = gradient[i];
       squares += u * u;
       if (early) {
@@ -367,11 +377,11 @@ struct Came {
         other += u * g > 0;
       }
     });
-    float scale = 1, size = 0;
+    float scale = 1, inverse = 0;  // of edges in scale * momentum
     if (job.amp) {
       scale = clip_of(team.sum(squares));
       const double all = team.sum(other);
-      size = rms(all);
+      inverse = scale * edge_inverse(rms(all) * scale);
       const auto kept = static_cast<float>(all / static_cast<double>(numel));
       if (!early) scale /= kept < 1e-3f ? 1e-3f : kept;
     }
@@ -379,11 +389,11 @@ struct Came {
       return stream_key(job.seed, static_cast<uint32_t>(step), static_cast<uint32_t>(row.index), stream);
     };
     const uint32_t mask_key = key(kStreamMask), history_key = key(kStreamHistory), param_key = key(kStreamParam);
-    for_elements(team, rows, cols, [&](int64_t i, int64_t r, int64_t c) {
+    for_elements<1>(team, rows, cols, [&](int64_t i, int64_t r, int64_t c) {
       const float lr = job.amp ? advance_mask(i, r, mask_key) * numbers.lr_factor : numbers.lr_factor;
       float u = scale * (early ? momentum[i] : update(i, r, c));
       if (job.amp && !early) u = u * gradient[i] > 0 ? u * shared.at.row_keep[r] : u == u ? 0.0f : u;
-      if (early && row.edge_history != nullptr) u *= advance_history(i, r, c, scale, size, history_key);
+      if (early && row.edge_history != nullptr) u *= advance_history(i, r, c, inverse, history_key);
       const float p = load_element(row.param, static_cast<DType>(job.param_dtype), i);
       store_param(i, p * (1 - lr * job.weight_decay) - lr * shared.at.row_scale[r] * u, param_key);
     });
@@ -404,18 +414,21 @@ struct Came {
     advance_factors(row.exp_avg_sq_row, row.exp_avg_sq_col, job.beta2, job.rest2, job.eps1, numbers.bias_correction2, gradient_of,
                     shared.at.row_v, shared.at.col_v);
     for (int64_t r = team.rank(); r < rows; r += team.size()) shared.at.row_keep[r] = 1;
-    load_momentum();
     team.barrier();
     if (job.amp && !early && job.background_regularization && matrix) find_background();
     clip = 1;
     float squares = 0;
-    for_elements(team, rows, cols, [&](int64_t i, int64_t r, int64_t c) {
+    for_elements<4>(team, rows, cols, [&](int64_t i, int64_t r, int64_t c) {
       const float h = normalised(i, r, c);
       squares += h * h;
     });
     clip = clip_of(team.sum(squares));
     if (signs) find_bumps();
-    if (row.torque != nullptr) find_norms();
+    if (row.torque != nullptr) {
+      map_elements<4>(
+          team, rows, cols, [&](int64_t i, int64_t, int64_t) { return stored_momentum(i); }, [&](int64_t i, float m) { momentum[i] = m; });
+      find_norms();
+    }
     advance_momentum();
     store_momentum();
     if (job.came && (job.amp || matrix)) {
@@ -436,16 +449,24 @@ struct Came {
 extern "C" __global__ void __launch_bounds__(kThreads, 1) came_8bit(CameArguments arguments) {
   __shared__ CameShared shared;
   load_tables(kDynamic8Signed, &shared.exp_avg);
+  for (int i = static_cast<int>(threadIdx.x); i < 256; i += kThreads) shared.history[i] = history_value(i);
+  int block_shift = 0;
+  while (1 << block_shift < arguments.block_size) ++block_shift;
   const int block = static_cast<int>(blockIdx.x), blocks = static_cast<int>(gridDim.x);
   const bool one_team = arguments.one_team != 0;
   Team team{one_team ? block : 0, one_team ? blocks : 1, {arguments.arrived, arguments.partial}, 0, 0, shared.sums};
   float* const workspace = arguments.workspace + (one_team ? 0 : block * arguments.workspace_floats);
   for (int at = one_team ? 0 : block; at < arguments.n_jobs; at += one_team ? 1 : blocks) {
     const int2 job = arguments.jobs[at];
-    const CameRow& row = arguments.rows[job.x];
-    const CameNumbers& numbers = arguments.numbers[job.x];
-    const bool first = numbers.old_table < 0;
     __syncthreads();
+    if (threadIdx.x == 0) {
+      shared.row = arguments.rows[job.x];
+      shared.numbers = arguments.numbers[job.x];
+    }
+    __syncthreads();
+    const CameRow& row = shared.row;
+    const CameNumbers& numbers = shared.numbers;
+    const bool first = numbers.old_table < 0;
     if (arguments.amp && arguments.use_8bit) {
       for (int i = static_cast<int>(threadIdx.x); i < 256; i += kThreads) {
         shared.old_mask[i] = first ? 0.0f : arguments.tables[static_cast<int>(numbers.old_table) * 256 + i];
@@ -455,7 +476,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) came_8bit(CameArgument
     const CamePhase phase = static_cast<CamePhase>(arguments.phase);
     const bool matrix = row.exp_avg_sq_row != nullptr, edges = matrix && row.rows > 2 && row.cols > 2;
     const bool early = arguments.amp && phase == CamePhase::kEarly, signs = arguments.amp && phase != CamePhase::kLate;
-    Came came{arguments, row, numbers, shared, team, job.y, row.rows, row.cols, row.numel, matrix, edges, early, signs, first};
+    Came came{arguments, row, numbers, shared, team, job.y, block_shift, row.rows, row.cols, row.numel, matrix, edges, early, signs, first};
     came.lay_out(workspace);
     __syncthreads();
     came.run();

@@ -58,9 +58,11 @@ struct CameWorkspace {
 
 struct CameShared {
   double sums[kThreads];
-  CameWorkspace at;  // here, as registers are short
+  CameWorkspace at;  // these three here, as registers are short
+  CameRow row;
+  CameNumbers numbers;
   Dynamic8Tables exp_avg;
-  float old_mask[256], new_mask[256];
+  float old_mask[256], new_mask[256], history[256];
 };
 
 __device__ inline float load_element(const void* base, DType dtype, int64_t i) {

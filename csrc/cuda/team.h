@@ -76,20 +76,50 @@ __device__ inline float warp_sum(float x) {
   return x;
 }
 
-// Calls body(i, row, col) for the elements i of a matrix that are this thread's: neighbours are neighbouring threads'.
-template <typename Body>
-__device__ inline void for_elements(const Team& team, int64_t rows, int64_t cols, Body body) {
-  const int64_t step_rows = team.size() / cols, step_cols = team.size() % cols;
-  int64_t row = team.rank() / cols, col = team.rank() % cols;
-  for (int64_t i = team.rank(); i < rows * cols; i += team.size()) {
-    body(i, row, col);
-    row += step_rows;
-    col += step_cols;
+// Where a thread is among the elements of a matrix: neighbouring threads have neighbouring elements.
+struct Position {
+  int64_t i, row, col, stride, row_stride, col_stride, cols;
+
+  __device__ Position(const Team& team, int64_t columns) : i(team.rank()), stride(team.size()), cols(columns) {
+    // a division of 64 bits costs a hundred instructions; no thread's number has more than 32
+    const auto narrow = static_cast<uint32_t>(cols), first = static_cast<uint32_t>(i), step = static_cast<uint32_t>(stride);
+    const bool wide = cols >> 32 != 0;
+    row = wide ? 0 : first / narrow;
+    col = wide ? i : first % narrow;
+    row_stride = wide ? 0 : step / narrow;
+    col_stride = wide ? stride : step % narrow;
+  }
+
+  __device__ void advance() {
+    i += stride;
+    row += row_stride;
+    col += col_stride;
     if (col >= cols) {
       col -= cols;
       row += 1;
     }
   }
+};
+
+// Calls body(i, row, col) for this thread's elements of a matrix.
+template <int kUnroll, typename Body>
+__device__ inline void for_elements(const Team& team, int64_t rows, int64_t cols, Body body) {
+#pragma unroll kUnroll
+  for (Position at(team, cols); at.i < rows * cols; at.advance()) body(at.i, at.row, at.col);
+}
+
+// Calls write(i, read(i, row, col)), kBatch reads under way at a time: what is written may not be what others read.
+template <int kBatch, typename Read, typename Write>
+__device__ inline void map_elements(const Team& team, int64_t rows, int64_t cols, Read read, Write write) {
+  const int64_t n = rows * cols;
+  Position at(team, cols);
+  while (at.i + (kBatch - 1) * at.stride < n) {
+    const int64_t first = at.i;
+    float value[kBatch];
+    for (int k = 0; k < kBatch; ++k, at.advance()) value[k] = read(at.i, at.row, at.col);
+    for (int k = 0; k < kBatch; ++k) write(first + k * at.stride, value[k]);
+  }
+  for (; at.i < n; at.advance()) write(at.i, read(at.i, at.row, at.col));
 }
 
 // Calls body(row) for each row with all lanes of one warp.
@@ -102,6 +132,7 @@ __device__ inline void for_rows(const Team& team, int64_t rows, Body body) {
 template <typename Value>
 __device__ inline float row_sum(int64_t row, int64_t cols, Value value) {
   float sum = 0;
+#pragma unroll 4
   for (int64_t col = threadIdx.x % kWarp; col < cols; col += kWarp) sum += value(row * cols + col, row, col);
   return warp_sum(sum);
 }
@@ -115,6 +146,7 @@ __device__ inline void column_sums(Team& team, int64_t rows, int64_t cols, float
   for (int64_t at = team.rank(); at < chunks * cols; at += team.size()) {
     const int64_t chunk = at / cols, col = at % cols;
     float sum = 0;
+#pragma unroll 4
     for (int64_t row = chunk; row < rows; row += chunks) sum += value(row * cols + col, row, col);
     partial[at] = sum;
   }
