@@ -60,24 +60,37 @@ class Kernel:
     def __init__(self, source: str, name: str, threads: int) -> None:
         self.source, self.name, self.threads = source, name, threads
 
-    def launch(self, arguments: ctypes.Structure, device: torch.device, blocks: int) -> None:
+    def launch(self, arguments: ctypes.Structure, device: torch.device, blocks: int, *, cooperative: bool = False) -> None:
         """Runs the kernel on `device` and its current stream, without waiting: at most `blocks` blocks, and no more than the device holds
         at once (the kernels walk on to what is left). It can be captured into a CUDA graph, but for the first launch on a device,
         which loads the code.
+
+        Args:
+            cooperative: the blocks may wait for each other.
 
         Raises:
             RuntimeError: the driver or the compiler reports an error.
         """
         if blocks <= 0:
             return
+        grid = min(blocks, self.resident_blocks(device))
+        with torch.cuda.device(device):
+            function, _ = _function(self, torch.cuda.current_device())
+            parameters = (ctypes.c_void_p * 1)(ctypes.addressof(arguments))
+            stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
+            shape = (grid, 1, 1, self.threads, 1, 1, 0)
+            if cooperative:
+                status = _driver().cuLaunchCooperativeKernel(function, *shape, stream, parameters)
+            else:
+                status = _driver().cuLaunchKernel(function, *shape, stream, parameters, None)
+            _check(status, f"launch {self.name}")
+
+    def resident_blocks(self, device: torch.device) -> int:
+        """How many of the kernel's blocks `device` runs at once."""
         with torch.cuda.device(device):
             index = torch.cuda.current_device()
             _bind_context(index)
-            function, resident = _function(self, index)
-            parameters = (ctypes.c_void_p * 1)(ctypes.addressof(arguments))
-            stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
-            grid = min(blocks, resident)
-            _check(_driver().cuLaunchKernel(function, grid, 1, 1, self.threads, 1, 1, 0, stream, parameters, None), f"launch {self.name}")
+            return _function(self, index)[1]
 
 
 @cache

@@ -4,6 +4,7 @@
 #include <pybind11/stl.h>
 
 #include "cpu/launch_came.h"
+#include "cpu/launch_magnitudes.h"
 
 namespace py = pybind11;
 
@@ -25,6 +26,11 @@ void came_8bit(uintptr_t table, int64_t n_tensors, uintptr_t numbers, uintptr_t 
   const py::gil_scoped_release release;
   coat::came_8bit(pointer<const int64_t>(table), n_tensors, {pointer<const float>(numbers), pointer<const float>(tables), n_tables}, job,
                   threads);
+}
+
+double sum_magnitudes(uintptr_t tensors, int64_t n_tensors, int dtype, int threads) {
+  const py::gil_scoped_release release;
+  return coat::sum_magnitudes(pointer<const int64_t>(tensors), n_tensors, static_cast<coat::DType>(dtype), threads);
 }
 
 }  // namespace
@@ -65,4 +71,6 @@ void bind_came(py::module_& m) {
       .def_readwrite("eta", &CameJob::eta);
   m.def("came_8bit", &came_8bit, "One CAME step of every row of an int64 [n_tensors, 20] table, in place.", py::arg("table"),
         py::arg("n_tensors"), py::arg("numbers"), py::arg("tables"), py::arg("n_tables"), py::arg("job"), py::arg("threads"));
+  m.def("sum_magnitudes", &sum_magnitudes, "Sum of |x| over the arrays of an int64 [n_tensors, 2] table of addresses and element counts.",
+        py::arg("tensors"), py::arg("n_tensors"), py::arg("dtype"), py::arg("threads"));
 }

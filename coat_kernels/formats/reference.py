@@ -128,7 +128,7 @@ def encode_group(
         codes = _encode_log8(magnitude, amax.to(dtype)[:, None], k16.to(dtype)[:, None], dither)
         codes = torch.where(finite & (grouped > 0), codes, 0)
     elif codec.name == "softsign8":
-        codes = _encode_softsign8(magnitude, amax.to(dtype)[:, None], dither)
+        codes = _encode_softsign8(magnitude.to(torch.float64), amax.to(torch.float64)[:, None], dither)
         codes = torch.where((magnitude > 0) & (not signed), codes.clamp(min=1), codes)
         codes = torch.where(grouped < 0, -codes, codes) & 0xFF
     else:
@@ -161,12 +161,13 @@ def _encode_log8(magnitude: Tensor, amax: Tensor, j: Tensor, dither: Tensor | No
 
 
 def _encode_softsign8(magnitude: Tensor, amax: Tensor, dither: Tensor | None) -> Tensor:
-    z = magnitude / torch.where(amax > 0, amax, 1)
-    y = 254 * z / (1 + z)
+    """Magnitudes of the codes. float64: values with few mantissa bits lie halfway between codes, and only an exact sum shows it."""
+    top = torch.where(amax > 0, amax, 1)
+    y = 254 * magnitude / (top + magnitude)
     if dither is None:
         return torch.round(y).to(torch.int64)
     code = torch.floor(y)
-    probability = (y - code) * (253 - code) * (1 + z) / 254
+    probability = (y - code) * (253 - code) * (1 + magnitude / top) / 254
     return (code + (dither < probability)).to(torch.int64)
 
 

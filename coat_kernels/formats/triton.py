@@ -12,10 +12,11 @@ from __future__ import annotations
 import math
 
 import numpy as np
+import torch
 import triton
 import triton.language as tl
 
-from .codecs import CODECS, LOG2_SLACK_Q11, MAX_OCTAVES, NAN_CODE
+from .codecs import CODECS, LOG2_SLACK_Q11, MAX_OCTAVES
 from .triton_params import uniform8, words
 from .triton_ptx import (
     MAGIC,
@@ -23,6 +24,7 @@ from .triton_ptx import (
     PORTABLE,
     PTX_FP8,
     bits_of,
+    divide,
     e4m3_power,
     exp2,
     float_of,
@@ -35,7 +37,7 @@ from .triton_ptx import (
     steps_below_top,
 )
 
-FLOAT32, LOG8 = tl.constexpr(CODECS["float32"].index), tl.constexpr(CODECS["log8"].index)
+LOG8, SOFTSIGN8 = tl.constexpr(CODECS["log8"].index), tl.constexpr(CODECS["softsign8"].index)
 INF_BITS = tl.constexpr(0x7F800000)
 #: `log8`: 250 steps an octave and j; 254 steps fill a group's range.
 LOG8_STEPS = tl.constexpr(250)
@@ -55,8 +57,8 @@ _MAX_GROWTH, _MAX_SQUARED_GROWTH = tl.constexpr((127 + 40) << 23), tl.constexpr(
 #: `log8` over 40 octaves: a float32 exponent cannot hold it to 4e-6.
 _LOG8_WIDE = tl.constexpr(40)
 _OCTAVE_CUT_Q15 = tl.constexpr(float(MAX_OCTAVES << 15))
-_NAN_CODE = tl.constexpr(NAN_CODE)
 
+_TL_DTYPES = {torch.uint8: tl.uint8, torch.float32: tl.float32, torch.bfloat16: tl.bfloat16}
 _BY_INDEX = sorted(CODECS.values(), key=lambda codec: codec.index)
 
 
@@ -74,6 +76,52 @@ def log2_of(x):
 @triton.constexpr_function
 def has_plain_form(codec):
     return _BY_INDEX[codec].expand or _BY_INDEX[codec].name == "log8"
+
+
+@triton.constexpr_function
+def is_dithered_in_tiles(codec):
+    """Whether rounding by chance costs few enough registers for 16 elements a thread; small floats decode two neighbours for it."""
+    return not _BY_INDEX[codec].is_float
+
+
+@triton.constexpr_function
+def array_dtype(codec):
+    """Triton's `Codec.array_dtype`."""
+    return _TL_DTYPES[_BY_INDEX[codec].array_dtype]
+
+
+# --- storage
+
+
+@triton.jit
+def code_offset(first, CODEC: tl.constexpr):
+    """Of the code or value of element `first`, an even number, in its array."""
+    return first // 2 if codec_constant(CODEC, "bits") == 4 else first
+
+
+@triton.jit
+def load_codes(ptr, left, G: tl.constexpr, ROWS: tl.constexpr, MASKED: tl.constexpr, CODEC: tl.constexpr):
+    """Codes or values [ROWS, G] at `ptr`, where the first one lies; with MASKED zeros from the `left`-th element on."""
+    other = 0 if MASKED else None
+    if codec_constant(CODEC, "bits") == 4:
+        offsets = tl.arange(0, ROWS)[:, None] * (G // 2) + tl.arange(0, G // 2)[None, :]
+        pairs = tl.load(ptr + offsets, mask=2 * offsets < left if MASKED else None, other=other)
+        return tl.interleave(pairs & 15, pairs >> 4)
+    else:
+        offsets = tl.arange(0, ROWS)[:, None] * G + tl.arange(0, G)[None, :]
+        return tl.load(ptr + offsets, mask=offsets < left if MASKED else None, other=other)
+
+
+@triton.jit
+def store_codes(ptr, codes, left, G: tl.constexpr, ROWS: tl.constexpr, MASKED: tl.constexpr, CODEC: tl.constexpr):
+    """Inverse of `load_codes`. The code behind an odd last one is that of 0, as padding is."""
+    if codec_constant(CODEC, "bits") == 4:
+        offsets = tl.arange(0, ROWS)[:, None] * (G // 2) + tl.arange(0, G // 2)[None, :]
+        low, high = tl.split(tl.reshape(codes, [ROWS, G // 2, 2]))
+        tl.store(ptr + offsets, low | (high << 4), mask=2 * offsets < left if MASKED else None)
+    else:
+        offsets = tl.arange(0, ROWS)[:, None] * G + tl.arange(0, G)[None, :]
+        tl.store(ptr + offsets, codes, mask=offsets < left if MASKED else None)
 
 
 # --- metadata
@@ -183,8 +231,10 @@ def decode_checked(codes, amax, k16, CODEC: tl.constexpr, ISA: tl.constexpr):
     codes = codes.to(tl.int32)
     if CODEC == LOG8:
         return _decode_log8(codes, amax, k16, ISA)
+    elif CODEC == SOFTSIGN8:
+        return _decode_softsign8(codes, amax, ISA)
     else:
-        return _decode_float8(codes, amax, k16, CODEC, ISA)
+        return _decode_float(codes, amax, k16, CODEC, ISA)
 
 
 @triton.jit
@@ -196,8 +246,14 @@ def _decode_log8(codes, amax, j, ISA: tl.constexpr):
 
 
 @triton.jit
+def _decode_softsign8(codes, amax, ISA: tl.constexpr):
+    number = ((codes ^ 0x80) - 0x80).to(tl.float32)
+    return divide(number, 254.0 - tl.abs(number), ISA) * amax[:, None]
+
+
+@triton.jit
 def _code_value(magnitude, CODEC: tl.constexpr):
-    """The number that an FP8 code without its sign stands for; NaN codes give infinity."""
+    """The number that a small float's code without its sign stands for; NaN codes give infinity."""
     M: tl.constexpr = codec_constant(CODEC, "mantissa_bits")
     # the code's bits at the top of a float32: the product moves the exponent's bias and normalises subnormals
     value = float_of(magnitude << (23 - M)) * 2.0 ** (127 - codec_constant(CODEC, "bias"))
@@ -205,11 +261,12 @@ def _code_value(magnitude, CODEC: tl.constexpr):
 
 
 @triton.jit
-def _decode_float8(codes, amax, k16, CODEC: tl.constexpr, ISA: tl.constexpr):
+def _decode_float(codes, amax, k16, CODEC: tl.constexpr, ISA: tl.constexpr):
     M: tl.constexpr = codec_constant(CODEC, "mantissa_bits")
     BIAS: tl.constexpr = codec_constant(CODEC, "bias")
     MAX: tl.constexpr = codec_constant(CODEC, "max")
-    magnitude = codes & 0x7F
+    SIGN: tl.constexpr = codec_constant(CODEC, "sign_bit")
+    magnitude = codes & (SIGN - 1)
     value = _code_value(magnitude, CODEC)
     if codec_constant(CODEC, "expand"):
         # log2(q / max) as an integer e <= 0 and a fraction: the integer is divided by k exactly
@@ -226,7 +283,7 @@ def _decode_float8(codes, amax, k16, CODEC: tl.constexpr, ISA: tl.constexpr):
     else:
         value = value * (amax / MAX)[:, None]
     value = tl.where(magnitude > codec_constant(CODEC, "max_code"), float("nan"), value)
-    return tl.where(codes >= 0x80, -value, value)
+    return tl.where(codes >= SIGN, -value, value)
 
 
 @triton.jit
@@ -264,7 +321,7 @@ def decode_plain(codes, amax, k16, CODEC: tl.constexpr, SIGNED: tl.constexpr, IS
 
 @triton.jit
 def _round_to_code(magnitude, CODEC: tl.constexpr):
-    """int32 code of the nearest FP8 value to `magnitude` >= 0, ties to even, saturating; integer arithmetic, bit-exact everywhere."""
+    """int32 code of the small float nearest to `magnitude` >= 0, ties to even, saturating; integer arithmetic, bit-exact everywhere."""
     M: tl.constexpr = codec_constant(CODEC, "mantissa_bits")
     BIAS: tl.constexpr = codec_constant(CODEC, "bias")
     magnitude = tl.minimum(magnitude, 1.0 * codec_constant(CODEC, "max"))
@@ -279,7 +336,7 @@ def _round_to_code(magnitude, CODEC: tl.constexpr):
 def encode_plain(
     x, max_bits, spread, key, first, offsets, CODEC: tl.constexpr, SIGNED: tl.constexpr, STOCHASTIC: tl.constexpr, ISA: tl.constexpr
 ):
-    """uint8 codes of plain groups and the metadata byte as int32 [rows]. FP8 codes are rounded to nearest."""
+    """uint8 codes of plain groups and the metadata byte as int32 [rows]. Small floats are rounded to nearest."""
     metadata = _metadata(spread, max_bits, CODEC, ISA)
     # a group of zeros has no logarithm: any finite one keeps its elements at log2(0) = -inf
     top = tl.maximum(log2(float_of(max_bits), ISA), -149.0)
@@ -299,10 +356,11 @@ def encode_plain(
     else:
         k = metadata * (1.0 / 16)
         y = log2(tl.abs(x), ISA) * k[:, None] + (log2_of(codec_constant(CODEC, "max")) - k * top)[:, None]
-        if ISA == PTX_FP8:
+        if ISA == PTX_FP8 and codec_constant(CODEC, "bits") == 8:
             codes = pack_float8(exp2(y, ISA), x if SIGNED else tl.abs(x), codec_constant(CODEC, "mantissa_bits"))
         else:
-            codes = (_round_to_code(exp2(y, ISA), CODEC) | ((bits_of(x) >> 24) & 0x80)).to(tl.uint8)
+            signs = tl.where(bits_of(x) < 0, codec_constant(CODEC, "sign_bit"), 0)
+            codes = (_round_to_code(exp2(y, ISA), CODEC) | signs).to(tl.uint8)
     return codes, bits_of(metadata + MAGIC) & 0xFF
 
 
@@ -320,7 +378,7 @@ def _dithered(y, curve, u):
 
 
 @triton.jit
-def _dithered_float8(code, magnitude, amax, k16, u, CODEC: tl.constexpr, ISA: tl.constexpr):
+def _dithered_float(code, magnitude, amax, k16, u, CODEC: tl.constexpr, ISA: tl.constexpr):
     """Codes rounded up or down by chance in the linear domain, from the nearest."""
     nearest = decode_checked(code, amax, k16, CODEC, ISA)
     is_above = nearest > magnitude
@@ -350,10 +408,13 @@ def encode_checked(x, key, first, offsets, CODEC: tl.constexpr, SIGNED: tl.const
     if CODEC == LOG8:
         codes = _encode_log8(magnitude, amax, metadata, u, STOCHASTIC, ISA)
         codes = tl.where(finite & (x > 0), codes, 0)
+    elif CODEC == SOFTSIGN8:
+        codes = _encode_softsign8(magnitude, amax, u, SIGNED, STOCHASTIC, ISA)
+        codes = tl.where(x < 0, -codes, codes) & 0xFF
     else:
-        codes = _encode_float8(magnitude, amax, metadata, u, CODEC, SIGNED, STOCHASTIC, ISA)
-        codes |= tl.where((x < 0) & (codes > 0), 0x80, 0)
-        codes = tl.where(finite, codes, _NAN_CODE)
+        codes = _encode_float(magnitude, amax, metadata, u, CODEC, SIGNED, STOCHASTIC, ISA)
+        codes |= tl.where((x < 0) & (codes > 0), codec_constant(CODEC, "sign_bit"), 0)
+        codes = tl.where(finite, codes, codec_constant(CODEC, "nan_code"))
     return codes.to(tl.uint8), amax, bits_of(metadata + MAGIC) & 0xFF
 
 
@@ -377,7 +438,25 @@ def _encode_log8(magnitude, amax, metadata, u, STOCHASTIC: tl.constexpr, ISA: tl
 
 
 @triton.jit
-def _encode_float8(magnitude, amax, metadata, u, CODEC: tl.constexpr, SIGNED: tl.constexpr, STOCHASTIC: tl.constexpr, ISA: tl.constexpr):
+def _encode_softsign8(magnitude, amax, u, SIGNED: tl.constexpr, STOCHASTIC: tl.constexpr, ISA: tl.constexpr):
+    """int32 codes without their sign."""
+    # the reciprocal unit flushes subnormals: groups are brought near 1; one of zeros needs a finite quotient
+    lift = tl.where(amax < 2.0**-63, 2.0**80, tl.where(amax > 2.0**63, 2.0**-80, 1.0))
+    lifted = magnitude * lift[:, None]
+    top = tl.maximum(amax * lift, 2.0**-100)
+    total = lifted + top[:, None]
+    y = divide(254.0 * lifted, total, ISA)
+    if STOCHASTIC:
+        below = tl.floor(y)
+        odds = (y - below) * (253.0 - below) * total * reciprocal(254.0 * top, ISA)[:, None]
+        codes = (below + tl.where(u < odds, 1.0, 0.0)).to(tl.int32)
+    else:
+        codes = bits_of(y + MAGIC) & 0xFF
+    return codes if SIGNED else tl.maximum(codes, (magnitude > 0).to(tl.int32))
+
+
+@triton.jit
+def _encode_float(magnitude, amax, metadata, u, CODEC: tl.constexpr, SIGNED: tl.constexpr, STOCHASTIC: tl.constexpr, ISA: tl.constexpr):
     if codec_constant(CODEC, "expand"):
         y = _log2_below_top(magnitude, amax, ISA) * (metadata * (1.0 / 16))[:, None] + log2_of(codec_constant(CODEC, "max"))
         codes = _round_to_code(exp2(y, ISA), CODEC)
@@ -387,7 +466,7 @@ def _encode_float8(magnitude, amax, metadata, u, CODEC: tl.constexpr, SIGNED: tl
         codes = tl.where((scale == 0)[:, None], 1, _round_to_code(quotient, CODEC))
     codes = tl.where(magnitude > 0, codes, 0)
     if STOCHASTIC:
-        codes = _dithered_float8(codes, magnitude, amax, bits_of(metadata + MAGIC) & 0xFF, u, CODEC, ISA)
+        codes = _dithered_float(codes, magnitude, amax, bits_of(metadata + MAGIC) & 0xFF, u, CODEC, ISA)
     if codec_constant(CODEC, "expand") or not SIGNED:
         codes = tl.maximum(codes, (magnitude > 0).to(tl.int32))
     return codes

@@ -8,6 +8,8 @@ import triton.language as tl
 from .triton_ptx import PORTABLE, bits_of, float_of
 
 PARAM_NEAREST, PARAM_STOCHASTIC, PARAM_SPLIT = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+#: Pattern of the largest finite bfloat16 as a float32.
+_BFLOAT16_MAX = tl.constexpr(0x7F7F0000)
 
 
 @triton.jit
@@ -101,3 +103,14 @@ def store_param(x, key, first, offsets, DTYPE: tl.constexpr, ROUNDING: tl.conste
             return tl.where(finite, tl.where(bits < 0, -rounded, rounded), x).to(DTYPE), bits
     else:
         return to_dtype(x, DTYPE, ISA), bits
+
+
+@triton.jit
+def round_bfloat16(x, key, first, offsets, STOCHASTIC: tl.constexpr, ISA: tl.constexpr):
+    """What the `bfloat16` codec stores of a moment: finite values stay finite."""
+    bits = bits_of(x)
+    magnitude = bits & 0x7FFFFFFF
+    too_large = (magnitude > _BFLOAT16_MAX) & (magnitude < 0x7F800000)
+    held = tl.where(too_large, float_of((bits & ~0x7FFFFFFF) | _BFLOAT16_MAX), x)
+    stored, _ = store_param(held, key, first, offsets, tl.bfloat16, PARAM_STOCHASTIC if STOCHASTIC else PARAM_NEAREST, ISA)
+    return stored

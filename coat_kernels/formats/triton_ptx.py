@@ -73,6 +73,27 @@ def reciprocal(x, ISA: tl.constexpr):
 
 
 @triton.jit
+def divide(a, b, ISA: tl.constexpr):
+    """a / b of ordinary numbers, exact where the quotient is a float32: one correction of the reciprocal unit's result."""
+    if ISA == PORTABLE:
+        return a / b
+    else:
+        return tl.inline_asm_elementwise(
+            """{ .reg .f32 r, q, e;
+            rcp.approx.ftz.f32 r, $2;
+            mul.rn.f32 q, $1, r;
+            neg.f32 e, q;
+            fma.rn.f32 e, e, $2, $1;
+            fma.rn.f32 $0, e, r, q; }""",
+            "=f,f,f",
+            [a, b],
+            dtype=tl.float32,
+            is_pure=True,
+            pack=1,
+        )
+
+
+@triton.jit
 def scaled_reciprocal(x, scale, ISA: tl.constexpr):
     """scale / x. Two neighbours share one reciprocal, 1/a = b/(ab): a·b must stay well inside float32's range."""
     if ISA == PORTABLE:

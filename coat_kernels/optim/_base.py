@@ -6,6 +6,7 @@ what the step's numbers are (`_hyperparameters`); its file stays short.
 
 from __future__ import annotations
 
+import inspect
 from abc import abstractmethod
 from collections import defaultdict
 from collections.abc import Callable
@@ -20,6 +21,7 @@ from ..formats.parameters import PARAM_DTYPES
 from ..ops.bucket import Bucket
 from ..ops.state import StepFormat
 from . import _state_dict
+from ._names import check_names
 from ._plan import Launch, Plan, build_launch, gradients, is_dtensor, local
 from ._states import allocate
 
@@ -37,6 +39,12 @@ class LowBitOptimizer(Optimizer):
     _settings: ClassVar[tuple[str, ...]] = ()
     #: The fused step.
     _bucket_type: ClassVar[type[Bucket]]
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> LowBitOptimizer:
+        known = inspect.signature(cls.__init__).parameters
+        if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values()):
+            check_names(cls.__name__, kwargs, known)  # before __init__ does, to suggest the nearest
+        return super().__new__(cls)
 
     def __init__(self, params: Any, defaults: dict[str, Any]) -> None:
         self._plans: dict[Any, Plan] = {}
@@ -210,6 +218,15 @@ class LowBitOptimizer(Optimizer):
             ValueError: a foreign or truncated dictionary, an unknown version or map, a wrong shape.
         """
         _state_dict.load(self, state_dict)
+
+    def export_adamw_state_dict(self) -> dict[str, Any]:
+        """The state as `torch.optim.AdamW` reads it: of the AdamW classes.
+
+        Raises:
+            TypeError: the optimizer keeps other states than AdamW's.
+        """
+        name = type(self).__name__
+        raise TypeError(f"{name} does not keep AdamW's two moments, so there is nothing to export; start torch.optim.AdamW afresh")
 
     # ---- report
 

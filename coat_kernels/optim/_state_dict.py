@@ -187,7 +187,7 @@ def _read_state(
                 converted[f"{moment.name} from {_words(stored)} to {_words(moment)}"] += 1
         for suffix, array in arrays.items():
             state[moment.name + suffix].copy_(array)
-    for name in state.keys() - names:
+    for name in sorted(state.keys() - names):
         value = torch.as_tensor(_entry(saved, name, number))
         if tuple(value.shape) != tuple(state[name].shape):
             raise ValueError(f"{name} of parameter {number} has shape {tuple(value.shape)}; {tuple(state[name].shape)} is needed")
@@ -261,6 +261,6 @@ def _entry(saved: dict[str, Any], key: str, number: Any) -> Any:
         return saved[key]
     except KeyError:
         raise ValueError(
-            f"state of parameter {number} has no {key!r}, only {sorted(map(str, saved))}; it is truncated, or saved neither by this "
-            "optimizer nor by torch.optim.AdamW"
+            f"state of parameter {number} has no {key!r}, only {sorted(map(str, saved))}; it is truncated, or of an optimizer "
+            "with other states"
         ) from None

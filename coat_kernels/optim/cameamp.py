@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict, fields
@@ -13,16 +12,15 @@ import torch
 from torch import Tensor
 
 from ..ops.came_8bit import CameFormat, CameSettings
+from ..ops.came_8bit.magnitudes import grad_l1
 from ..ops.came_8bit.settings import RANK_HEAD, RANK_MAX_SIDE, has_edges, matrix_sides, phase_of, tail_side
 from ._adam import check_lr
 from ._plan import local
 from ._states import allocate
 from .came_8bit import CameOptimizer
-from .cameamp_config import GROUP_FIELDS, STRUCTURAL, Improved8BitOptimizerConfig, check_names, check_numbers
+from .cameamp_config import GROUP_FIELDS, STRUCTURAL, Improved8BitOptimizerConfig, check_numbers
 
 _log = logging.getLogger("coat_kernels.optim")
-
-_OWN_OPTIONS = ("block_size", "param_rounding", "seed", "maximize", "foreach", "fused", "capturable", "differentiable")
 
 
 class Automagic_CameAMP_Improved_8Bit(CameOptimizer):
@@ -32,6 +30,9 @@ class Automagic_CameAMP_Improved_8Bit(CameOptimizer):
     momentum is weighed by a torque and the update takes the gradient's signs; afterwards updates against the gradient are masked. Up
     to W each element's learning rate moves by `lr_bump` as the gradient keeps or changes its sign; then it stays in
     proportion to the group's lr, which a scheduler may move at any time.
+
+    An element's gradient is damped by its share of the group's sum of magnitudes (AGR): one that is the whole of its group's gradient does
+    not move. `step_parameter` and sharded parameters take the sum over what is at hand.
 
     A parameter of shape [n, ...] is a matrix of n rows. Vectors, and parameters that FSDP or ZeRO flattened, have none of the
     features that need rows and columns; `get_memory_efficiency_report()` names what is off. States of LoRA factors of rank 16 take at
@@ -104,11 +105,9 @@ class Automagic_CameAMP_Improved_8Bit(CameOptimizer):
         fused: bool | None = None,
         capturable: bool = False,
         differentiable: bool = False,
-        **unknown: Any,
     ) -> None:
         arguments = locals()
         names = [field.name for field in fields(Improved8BitOptimizerConfig)]
-        check_names(type(self).__name__, unknown, (*names, *_OWN_OPTIONS))
         given = {name: arguments[name] for name in names if arguments[name] is not None}
         if self._profile is not None and given.setdefault("profile", self._profile) != self._profile:
             raise ValueError(f"{type(self).__name__} is the profile {self._profile!r}; for {profile!r} take AutomagicCameAMP")
@@ -128,9 +127,11 @@ class Automagic_CameAMP_Improved_8Bit(CameOptimizer):
             )
         check_lr(group["lr"], foreach=group["foreach"], capturable=False)
         check_numbers(group)
-        lr = float(group["lr"])
-        if lr > group["max_lr"]:
-            _log.warning("lr %g lies above max_lr %g, which bounds every element's learning rate: raise max_lr", lr, group["max_lr"])
+        lr, low, high = float(group["lr"]), group["min_lr"], group["max_lr"]
+        if lr > high:
+            _log.warning("lr %g lies above max_lr %g, which bounds every element's learning rate: raise max_lr", lr, high)
+        elif 0 < lr < low:
+            _log.warning("lr %g lies below min_lr %g, which bounds every element's learning rate: lower min_lr", lr, low)
         super()._check_group(group)
 
     # ---- what is stored
@@ -154,14 +155,13 @@ class Automagic_CameAMP_Improved_8Bit(CameOptimizer):
 
     def _run(self, key: Any, group: dict[str, Any], params: list[Tensor]) -> None:
         super()._run(key, group, params)
-        self._end_phases([param for param in params if param.grad is not None])
+        warm_up = {i for launch in self._plans[key].launches if launch.bucket.fmt.phase != "late" for i in launch.positions}
+        if warm_up:
+            self._end_phases([params[i] for i in warm_up])
 
     def _end_phases(self, params: Sequence[Tensor]) -> None:
         """Free the states of a phase whose last step was just made, by moving the others to a new arena."""
-        warm_up = self.config.warmup_steps
-        if not params or not warm_up:
-            return
-        last_steps = {(warm_up - 1) // 2, warm_up - 1}
+        last_steps = {(self.config.warmup_steps - 1) // 2, self.config.warmup_steps - 1}
         counts = torch.stack([self.state[param]["step"] for param in params]).tolist()
         moved: dict[Any, list[Tensor]] = defaultdict(list)
         for param, count in zip(params, counts, strict=True):
@@ -193,19 +193,11 @@ class Automagic_CameAMP_Improved_8Bit(CameOptimizer):
         numbers = ("min_lr", "max_lr", "lr_bump", "eps", "beta1_decay", "adaptation_rate", "edge_threshold", "edge_penalty")
         shaping = ("frequency_penalty", "rank_penalty_strength", "low_rank_emphasis", "detail_preservation", "background_regularization")
         return CameSettings(
-            grad_l1=self._grad_l1(grads),
+            grad_l1=grad_l1([local(grad) for grad in grads if grad is not None], getattr(self, "grad_scale", None)),
             eta=None if group["full_finetune"] else group["eta"],
             **{name: group[name] for name in (*numbers, *shaping)},
             **self._common(group),
         )
-
-    def _grad_l1(self, grads: list[Any]) -> float:
-        """Sum of |g| over the gradients that are there, in the gradients' own unit; infinity, which has no effect, for 0 and NaN."""
-        present = [local(grad) for grad in grads if grad is not None]
-        total = sum(float(torch.stack(norms).sum()) for norms in _norms_by_device(present))
-        scale = getattr(self, "grad_scale", None)
-        total = total if scale is None else total / float(scale)
-        return total if 0 < total < math.inf else math.inf
 
     # ---- report
 
@@ -258,14 +250,6 @@ class Automagic_CameAMP_Improved_8Bit(CameOptimizer):
                     entry["tensors"] += len(without)
                     entry["parameters"] += sum(without)
         return found
-
-
-def _norms_by_device(grads: list[Tensor]) -> list[list[Tensor]]:
-    """Sums of magnitudes, float32, a list a device."""
-    devices: dict[torch.device, list[Tensor]] = defaultdict(list)
-    for grad in grads:
-        devices[grad.device].append(grad)
-    return [list(torch._foreach_norm(own, 1, dtype=torch.float32)) for own in devices.values()]
 
 
 #: PEP 8 name; trainers that send every name ending in 8bit to bitsandbytes take it too.

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from typing import Any
+
+from ._names import check_names, nearest
 
 #: What each profile sets; nothing else, and never lr.
 PROFILES: dict[str, dict[str, Any]] = {
@@ -190,20 +190,5 @@ def profile_settings(profile: str | None) -> dict[str, Any]:
     if not isinstance(profile, str):
         raise TypeError(f"profile is one name of {', '.join(PROFILES)}, got {profile!r}")
     if profile not in PROFILES:
-        raise ValueError(
-            f"unknown profile {profile!r}{_nearest(profile, PROFILES)}; the profiles are {', '.join(PROFILES)}, case-sensitive"
-        )
+        raise ValueError(f"unknown profile {profile!r}{nearest(profile, PROFILES)}; the profiles are {', '.join(PROFILES)}, case-sensitive")
     return PROFILES[profile]
-
-
-def check_names(owner: str, given: Iterable[str], known: Iterable[str]) -> None:
-    """`TypeError` for a name in `given` that is not known, with the nearest that is."""
-    known = list(known)
-    for name in given:
-        if name not in known:
-            raise TypeError(f"{owner} got an unexpected keyword argument {name!r}{_nearest(name, known)}")
-
-
-def _nearest(name: str, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(name.lower(), list(known), n=1, cutoff=0.6)
-    return f"; did you mean {close[0]!r}?" if close else ""

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "blockwise.h"
+#include "blockwise_lines.h"
 #include "simd.h"
 
 namespace coat::COAT_ISA {
@@ -17,21 +18,23 @@ COAT_SIMD_INLINE I nearest_magnitude(const uint32_t* entry, F z) {
   return shr<16>(add(and_(bits, set1(0xFFFF)), gather(entry, bucket)));
 }
 
-COAT_SIMD_INLINE I encode_signed(const uint32_t* entry, F x, F absmax) {
+template <MapUse use>
+COAT_SIMD_INLINE I encode(const uint32_t* entry, F x, F absmax) {
+  if (use == MapUse::kSecondMoment) {
+    const I k = nearest_magnitude(entry, div(x, absmax));
+    return zero_where(no_bits(as_int(x), set1(-1)), umax(k, set1(1)));
+  }
   constexpr float kLowest = -dynamic8_magnitude(true, kDynamic8Zero);  // -1 has no code: what lies under the lowest entry becomes it
-  const F z = max(div(x, absmax), set1(kLowest));
+  const F z = max(div(x, absmax), set1(use == MapUse::kSigned ? kLowest : 0.0f));
   const I k = nearest_magnitude(entry, z), zero = set1(kDynamic8Zero);
-  return select(less(z, set1(0.0f)), sub(zero, k), add(zero, k));
+  return use == MapUse::kUnsigned ? k : select(less(z, set1(0.0f)), sub(zero, k), add(zero, k));
 }
 
-template <bool kKeepNonzero>
-COAT_SIMD_INLINE I encode_unsigned(const uint32_t* entry, F x, F absmax) {
-  if (!kKeepNonzero) return nearest_magnitude(entry, max(div(x, absmax), set1(0.0f)));
-  const I k = nearest_magnitude(entry, div(x, absmax));
-  return zero_where(no_bits(as_int(x), set1(-1)), umax(k, set1(1)));
-}
-
-enum class MapUse { kSigned, kUnsigned, kSecondMoment };  // of the last no non-zero value takes code 0, and none is negative
+#ifndef COAT_ISA_AVX512
+constexpr bool kHasLines = false;
+template <MapUse use>
+struct LineEncoder;
+#endif
 
 // Codes of n finite values, a multiple of kBlockStride, whose largest magnitude is absmax.
 template <MapUse use>
@@ -40,14 +43,23 @@ static inline void encode_finite(const uint32_t* entry, const float* x, int n, f
     memset(codes, use == MapUse::kSigned ? kDynamic8Zero : 0, static_cast<size_t>(n));
     return;
   }
-  const F top = set1(absmax);
-  const auto code_of = [&](int i) __attribute__((always_inline)) {
-    const F value = load(x + i);
-    return use == MapUse::kSigned ? encode_signed(entry, value, top) : encode_unsigned<use == MapUse::kSecondMoment>(entry, value, top);
-  };
-  for (int i = 0; i < n; i += 4 * kLanes) {
+  const auto store = [&](int i, auto code_of) __attribute__((always_inline)) {
     store_u8(codes + i, code_of(i), code_of(i + kLanes), code_of(i + 2 * kLanes), code_of(i + 3 * kLanes));
+  };
+  const F top = set1(absmax);
+  const auto exact = [&](int i) __attribute__((always_inline)) { return encode<use>(entry, load(x + i), top); };
+  if constexpr (kHasLines) {
+    if (LineEncoder<use>::can_divide(absmax)) {
+      const LineEncoder<use> lines(absmax);
+      for (int i = 0; i < n; i += 4 * kLanes) {
+        M doubtful[4];
+        store(i, [&](int e) __attribute__((always_inline)) { return lines.encode(load(x + e), doubtful + (e - i) / kLanes); });
+        if (__builtin_expect(LineEncoder<use>::any(doubtful), 0)) store(i, exact);
+      }
+      return;
+    }
   }
+  for (int i = 0; i < n; i += 4 * kLanes) store(i, exact);
 }
 
 COAT_SIMD_INLINE uint32_t largest(I max_bits) {

@@ -30,9 +30,9 @@ void came_8bit(const CameJob& job, const CameRow& row, float* memory) {
   if (signs) find_bumps(w, clip);
   if (row.torque != nullptr) {
     prepare_torque(w, clip);
-    advance_momentum<true>(w, clip);
+    job.use_8bit ? advance_momentum<Torque::kCodes>(w, clip) : advance_momentum<Torque::kFloats>(w, clip);
   } else {
-    advance_momentum<false>(w, clip);
+    advance_momentum<Torque::kNone>(w, clip);
   }
   store_momentum(w);
   if (job.came && (job.amp || w.matrix)) {

@@ -29,11 +29,13 @@ struct CameJob {
   const Dynamic8Tables* exp_avg_map;
 };
 
-// lr_mask's codes of one start value, and what encoding needs: code = 128 + log2(value / start) / octaves.
+constexpr int kMaskStart = 128;  // lr_mask's code of the start value
+
+// lr_mask's codes of one start value, start * 2^((code - 128) * octaves).
 struct CameMask {
-  const float* values;  // [256]
-  float inv_start, inv_octaves;
-  float odds[6];  // polynomial in the fraction f of a code: (2^(f octaves) - 1) / (2^octaves - 1)
+  float hi[16], lo[16];       // the value of a code is hi[code >> 4] * lo[code & 15]
+  float per_octave, of_unit;  // the real-valued code of x is per_octave * log2(x) + of_unit
+  float odds[2];              // 256 (2^(f octaves) - 1) / (2^octaves - 1) of a fraction f: coefficients of f and f^2
 };
 
 // One tensor: addresses (null for what its state lacks) and its own numbers, NUMBERS of settings.py.
@@ -50,10 +52,10 @@ struct CameRow {
   const float* tail;
   int64_t numel, rows, cols;
   float beta1, bias_correction2, bias_correction3, lr_factor, lr_raise, lr_start;
-  bool first;             // no past: the mask is lr_start
-  const float* old_mask;  // [256]
-  CameMask mask;
+  bool first;                           // no past: the mask is lr_start
+  const CameMask *old_mask, *new_mask;  // what codes mean before and after the step; null without a mask
   uint32_t param_key, mask_key, history_key;
+  const void* next_grad;  // of the tensor that this thread takes next: brought to L2 meanwhile
 };
 
 // Elements that a pass works on at a time: its buffers stay in L1.
@@ -65,13 +67,15 @@ constexpr int64_t kCameLanes = 16;
 
 struct CameWorkspaceSizes {
   int64_t whole, cols, rows;  // floats
-  int64_t total() const { return 2 * whole + 4 * cols + 6 * rows + kCameTail * (kCameTail + 2 * kCameLanes) + 8 * kCameLanes; }
+  int64_t total() const { return 2 * whole + 3 * cols + 6 * rows + kCameTail * (kCameTail + 4 * kCameLanes); }
 };
 
 inline CameWorkspaceSizes came_workspace(int64_t rows, int64_t cols) {
   const auto padded = [](int64_t n) { return (n + kCameLanes - 1) / kCameLanes * kCameLanes; };
-  // a margin on either side: neighbours of border elements are read, and what is read there is not used
-  return {rows * padded(cols) + 2 * kCameLanes, padded(cols) + 2 * kCameLanes, padded(2 * rows)};
+  // A margin on either side: neighbours of border elements are read, and what is read there is not used. Half a page between one
+  // workspace and the next: at the same offset in their pages, loads from one would wait for stores to the other.
+  constexpr int64_t page = 1024;
+  return {(rows * padded(cols) + 2 * kCameLanes + page - 1) / page * page + page / 2, padded(cols) + 2 * kCameLanes, padded(2 * rows)};
 }
 
 }  // namespace coat

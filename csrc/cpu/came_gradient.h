@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cmath>
+#include <type_traits>
 
 #include "came_work.h"
 
@@ -22,12 +23,36 @@ COAT_SIMD_INLINE Beside both_or_none(const Work& w, int64_t row, const float* x)
   return row > 0 && row + 1 < w.rows ? Beside{x - w.stride, x + w.stride} : Beside{x, x};
 }
 
+// Where the vectors of a line lie in their row.
+struct Inside {
+  int first, last;                                                     // of the row's elements, counted from the line's beginning
+  bool whole(int j) const { return j > first && j + kLanes <= last; }  // all elements have both neighbours
+  M has_left(int j) const { return less(set1(first - j), iota()); }
+  M has_right(int j) const { return less(iota(), set1(last - j)); }
+  M valid(int j) const { return less(iota(), set1(last - j + 1)); }
+};
+
+COAT_SIMD_INLINE Inside inside_of(const Work& w, const Tile& line) {
+  const int64_t last = w.cols - 1 - line.col;
+  return {line.col == 0 ? 0 : -1, static_cast<int>(last < kCameTile ? last : kCameTile)};
+}
+
+// pass(j, whole) over the vectors of a line, `whole` a constant type: what happens at the borders costs the others nothing.
+template <typename Pass>
+COAT_SIMD_INLINE void for_vectors(const Inside& inside, int width, Pass pass) {
+  int j = 0;
+  for (; j < width && !inside.whole(j); j += kLanes) pass(j, std::false_type{});
+  for (; inside.whole(j) && j < width; j += kLanes) pass(j, std::true_type{});
+  for (; j < width; j += kLanes) pass(j, std::false_type{});
+}
+
 // 5-point Laplacian at x + j, each direction where the element has both neighbours.
-COAT_SIMD_INLINE F laplacian(const float* x, const Beside& rows, int j, const uint32_t* inner) {
-  const F centre = load(x + j), twice = add(centre, centre);
-  const F down = add(sub(load(rows.below + j), twice), load(rows.above + j));
-  const F across = add(sub(load(x + j + 1), twice), load(x + j - 1));
-  return add(down, as_float(and_(as_int(across), load(inner + j))));
+template <bool kWhole>
+COAT_SIMD_INLINE F laplacian(const Inside& inside, const float* x, const Beside& rows, int j) {
+  const F centre = load(x + j), down = add(load(rows.above + j), load(rows.below + j)), across = add(load(x + j - 1), load(x + j + 1));
+  if (kWhole) return fnma(set1(4.0f), centre, add(down, across));
+  const F twice = add(centre, centre);
+  return add(sub(down, twice), keep_where(inside.has_left(j), keep_where(inside.has_right(j), sub(across, twice))));
 }
 
 // |L x| in units of 4 rms(x) where it exceeds the threshold, else 0.
@@ -41,9 +66,12 @@ static inline double load_gradient(Work& w) {
   double total = 0;
   const F factor = set1(static_cast<float>(w.job->grad_factor));
   const DType dtype = w.job->grad_dtype;
-  for_tiles(w, [&](const Tile& tile) {
+  for_tiles(w, [&](const Tile& tile) COAT_LAMBDA_INLINE {
     float* const g = w.gradient + in_workspace(w, tile);
-    if (tile.dense()) {
+    const float* from = g;
+    if (tile.dense() && dtype == DType::kFloat32) {
+      from = static_cast<const float*>(w.row->grad) + in_tensor(w, tile);
+    } else if (tile.dense()) {
       load_floats(at(w.row->grad, dtype, in_tensor(w, tile)), dtype, tile.count(), tile.count(), g);
     } else {
       for (int r = 0; r < tile.rows; ++r) {
@@ -52,7 +80,7 @@ static inline double load_gradient(Work& w) {
     }
     F squares = set1(0.0f);
     for (int i = 0; i < tile.count(); i += kLanes) {
-      const F x = mul(load(g + i), factor);
+      const F x = mul(load(from + i), factor);
       squares = fma(x, x, squares);
       store(g + i, x);
     }
@@ -68,23 +96,24 @@ double suppress(const Work& w, const float* from, float* to, double squares) {
   const double rms = std::sqrt(squares / static_cast<double>(w.row->numel));
   const F inv_scale = set1(static_cast<float>(1 / (4 * (rms + kTiny)))), threshold = set1(static_cast<float>(w.job->edge_threshold));
   double total = 0;
-  for_tiles(w, [&](const Tile& tile) {
+  for_tiles(w, [&](const Tile& tile) COAT_LAMBDA_INLINE {
     F sums = set1(0.0f);
     for (int r = 0; r < tile.rows; ++r) {
       const Tile line = row_of(tile, r);
       const float* const x = from + in_workspace(w, line);
       float* const out = to + in_workspace(w, line);
       const Beside rows = both_or_none(w, line.row, x);
-      for (int j = 0; j < tile.width; j += kLanes) {
+      const Inside inside = inside_of(w, line);
+      const Ahead params = ahead(w, line, w.row->param, dtype_size(w.job->param_dtype));
+      for_vectors(inside, tile.width, [&](int j, auto whole) COAT_LAMBDA_INLINE {
+        params.fetch(j);
         const F g = load(x + j);
         F a = mul(abs(g), inv_l1);
-        if (kEdges) {
-          a = mul(a, fma(penalty, edge(laplacian(x, rows, j, w.inner + line.col), inv_scale, threshold), one));
-        }
+        if (kEdges) a = mul(a, fma(penalty, edge(laplacian<whole.value>(inside, x, rows, j), inv_scale, threshold), one));
         const F kept = mul(g, sub(one, at_most(one, a)));
         sums = fma(kept, kept, sums);
         store(out + j, kept);
-      }
+      });
     }
     total += sum(sums);
   });
@@ -95,35 +124,38 @@ double suppress(const Work& w, const float* from, float* to, double squares) {
 static inline double smooth(const Work& w, const float* from, float* to) {
   const auto strength = static_cast<float>(w.job->frequency_penalty);
   const F keep = set1(1.0f - strength), blur = set1(strength / 16);
-  alignas(64) float sums[kCameTile + 2 * kCameLanes];  // of a row and its neighbours, 1 : 2 : 1
-  float* const column = sums + kCameLanes;
   double total = 0;
-  for_tiles(w, [&](const Tile& tile) {
+  for_tiles(w, [&](const Tile& tile) COAT_LAMBDA_INLINE {
     F squares = set1(0.0f);
     for (int r = 0; r < tile.rows; ++r) {
       const Tile line = row_of(tile, r);
       const float* const x = from + in_workspace(w, line);
       const Beside rows = replicated(w, line.row, x);
       float* const out = to + in_workspace(w, line);
-      for (int j = 0; j < tile.width; j += kLanes) {
+      const Inside inside = inside_of(w, line);
+      // 1 : 2 : 1 of a column's three elements
+      const auto column = [&](int j) COAT_LAMBDA_INLINE {
         const F centre = load(x + j);
-        store(column + j, add(add(load(rows.above + j), load(rows.below + j)), add(centre, centre)));
-      }
-      const auto beside = [&](int64_t j) { return rows.above[j] + rows.below[j] + (x[j] + x[j]); };
-      column[-1] = line.col > 0 ? beside(-1) : column[0];
-      column[tile.cols] = line.col + tile.cols < w.cols ? beside(tile.cols) : column[tile.cols - 1];
-      if (!tile.dense()) column[tile.width] = 0.0f;  // read below; memory's garbage may be a NaN, which taking it out of the sum leaves
-      for (int j = 0; j < tile.width; j += kLanes) {
-        const F centre = load(column + j);
-        const F blurred = add(add(load(column + j - 1), load(column + j + 1)), add(centre, centre));
-        const F y = fma(blur, blurred, mul(keep, load(x + j)));
+        return add(add(load(rows.above + j), load(rows.below + j)), add(centre, centre));
+      };
+      // Columns are summed once and shifted: most loads beside an aligned vector straddle two lines of cache.
+      F before = column(-kLanes), centre = column(0);
+      const Ahead momentum = ahead(w, line, w.row->exp_avg, w.job->use_8bit ? 1 : 4);
+      for_vectors(inside, tile.width, [&](int j, auto whole) COAT_LAMBDA_INLINE {
+        momentum.fetch(j);
+        const F after = column(j + kLanes);
+        F left = from_left(before, centre), right = from_right(centre, after);
+        if (!whole.value) {
+          left = choose(inside.has_left(j), left, centre);
+          right = choose(inside.has_right(j), right, centre);
+        }
+        F y = fma(blur, add(add(left, right), add(centre, centre)), mul(keep, load(x + j)));
+        if (!whole.value) y = keep_where(inside.valid(j), y);
         squares = fma(y, y, squares);
         store(out + j, y);
-      }
-      for (int j = tile.cols; j < tile.width; ++j) {
-        total -= static_cast<double>(out[j]) * out[j];
-        out[j] = 0.0f;
-      }
+        before = centre;
+        centre = after;
+      });
     }
     total += sum(squares);
   });
@@ -154,58 +186,71 @@ COAT_SIMD_INLINE void add_product(const float* a, int64_t a_stride, const float*
   }
 }
 
-constexpr int kProductRows = kLanes == 16 ? 8 : 4;  // as many sums as registers hold
+// Rows and vectors whose sums registers hold: a load of b serves kProductRows sums, one of a kProductVectors.
+constexpr int kProductRows = kLanes == 16 ? 4 : 2, kProductVectors = 4, kBlockCols = kProductVectors * kLanes;
 
 template <int kVectors>
 void add_rows(const float* a, int64_t a_stride, const float* b, int64_t b_stride, int64_t rows, int64_t depth, F scale, float* out,
               int64_t out_stride) {
+  constexpr int kRows = kProductRows * kProductVectors / kVectors;
   int64_t r = 0;
-  for (; r + kProductRows <= rows; r += kProductRows) {
-    add_product<kProductRows, kVectors>(a + r * a_stride, a_stride, b, b_stride, depth, scale, out + r * out_stride, out_stride);
+  for (; r + kRows <= rows; r += kRows) {
+    add_product<kRows, kVectors>(a + r * a_stride, a_stride, b, b_stride, depth, scale, out + r * out_stride, out_stride);
   }
   for (; r < rows; ++r) add_product<1, kVectors>(a + r * a_stride, a_stride, b, b_stride, depth, scale, out + r * out_stride, out_stride);
 }
 
-// g += strength * rms(g) * (P W, or W P where W has more rows than columns), W the parameter.
-static inline void add_tail(Work& w, double squares) {
-  const double rms = std::sqrt(squares / static_cast<double>(w.row->numel));
-  const F scale = set1(static_cast<float>(w.job->rank_penalty_strength * rms));
+// The same for `width` columns, a multiple of kLanes up to kBlockCols.
+static inline void add_block(const float* a, int64_t a_stride, const float* b, int64_t b_stride, int64_t width, int64_t rows, int64_t depth,
+                             F scale, float* out, int64_t out_stride) {
+  if (width >= kBlockCols) return add_rows<kProductVectors>(a, a_stride, b, b_stride, rows, depth, scale, out, out_stride);
+  for (int64_t j = 0; j < width; j += kLanes) add_rows<1>(a, a_stride, b + j, b_stride, rows, depth, scale, out + j, out_stride);
+}
+
+// g += scale * (P W), W with no more rows than columns.
+static inline void add_tail_wide(Work& w, F scale) {
   const DType dtype = w.job->param_dtype;
-  const void* const param = w.row->param;
-  constexpr int kBlockCols = 2 * kLanes;
-  if (w.rows <= w.cols) {
-    float* const block = w.tail;  // [rows, kBlockCols] of W
-    for (int64_t j = 0; j < w.stride; j += kBlockCols) {
-      const int64_t left = w.cols - j;
-      const int cols = static_cast<int>(left < kBlockCols ? left : kBlockCols);
-      for (int64_t k = 0; k < w.rows; ++k) {
-        load_floats(at(param, dtype, k * w.cols + j), dtype, cols, kBlockCols, block + k * kBlockCols);
-      }
-      if (w.stride - j >= kBlockCols) {
-        add_rows<2>(w.row->tail, w.rows, block, kBlockCols, w.rows, w.rows, scale, w.gradient + j, w.stride);
+  float* const block = w.tail;  // [rows, kBlockCols] of W: its own rows may lie a multiple of 4096 bytes apart, all in one set of L1
+  for (int64_t j = 0; j < w.stride; j += kBlockCols) {
+    const int64_t left = w.cols - j;
+    const int cols = static_cast<int>(left < kBlockCols ? left : kBlockCols);
+    for (int64_t k = 0; k < w.rows; ++k) {
+      const void* const from = at(w.row->param, dtype, k * w.cols + j);
+      float* const to = block + k * kBlockCols;
+      if (dtype == DType::kFloat32 && cols == kBlockCols) {
+        for (int v = 0; v < kBlockCols; v += kLanes) store(to + v, load(static_cast<const float*>(from) + v));
       } else {
-        add_rows<1>(w.row->tail, w.rows, block, kBlockCols, w.rows, w.rows, scale, w.gradient + j, w.stride);
+        load_floats(from, dtype, cols, kBlockCols, to);
       }
     }
-    return;
+    add_block(w.row->tail, w.rows, block, kBlockCols, w.stride - j, w.rows, w.rows, scale, w.gradient + j, w.stride);
   }
+}
+
+// g += scale * (W P), W with more rows than columns.
+static inline void add_tail_narrow(Work& w, F scale) {
   float* const projector = w.tail;  // [cols, stride], padded with zeros
   for (int64_t k = 0; k < w.cols; ++k) {
     load_floats(w.row->tail + k * w.cols, DType::kFloat32, static_cast<int>(w.cols), static_cast<int>(w.stride), projector + k * w.stride);
   }
-  float* const block = projector + w.cols * w.stride;  // [kProductRows, cols] of W
-  for (int64_t row = 0; row < w.rows; row += kProductRows) {
-    const int64_t rows = w.rows - row < kProductRows ? w.rows - row : kProductRows;
+  constexpr int64_t kRows = 16;
+  float* const block = projector + w.cols * w.stride;  // [kRows, cols] of W
+  const ParamStorage params = params_of(w);
+  for (int64_t row = 0; row < w.rows; row += kRows) {
+    const int64_t rows = w.rows - row < kRows ? w.rows - row : kRows;
     const int count = static_cast<int>(rows * w.cols);
-    const ParamStorage params = params_of(w);
     const float* const left = open_params(params, row * w.cols, count, count, block);
-    float* const out = w.gradient + row * w.stride;
-    int64_t j = 0;
-    for (; j + kBlockCols <= w.stride; j += kBlockCols) {
-      add_rows<2>(left, w.cols, projector + j, w.stride, rows, w.cols, scale, out + j, w.stride);
+    for (int64_t j = 0; j < w.stride; j += kBlockCols) {
+      add_block(left, w.cols, projector + j, w.stride, w.stride - j, rows, w.cols, scale, w.gradient + row * w.stride + j, w.stride);
     }
-    if (j < w.stride) add_rows<1>(left, w.cols, projector + j, w.stride, rows, w.cols, scale, out + j, w.stride);
   }
+}
+
+// g += strength * rms(g) * the parameter's tail directions.
+static inline void add_tail(Work& w, double squares) {
+  const double rms = std::sqrt(squares / static_cast<double>(w.row->numel));
+  const F scale = set1(static_cast<float>(w.job->rank_penalty_strength * rms));
+  w.rows <= w.cols ? add_tail_wide(w, scale) : add_tail_narrow(w, scale);
 }
 
 // Everything before the moments; `w.gradient` holds the result. `w.momentum` is scratch.

@@ -29,7 +29,7 @@ COAT_SIMD_INLINE void copy_flat(const Work& w, int64_t first, int n, T* flat, T*
 static inline void load_momentum(Work& w) {
   const CameRow& row = *w.row;
   if (!w.job->use_8bit) {
-    for_tiles(w, [&](const Tile& tile) {
+    for_tiles(w, [&](const Tile& tile) COAT_LAMBDA_INLINE {
       float* const m = w.momentum + in_workspace(w, tile);
       const float* const stored = open(w, tile, static_cast<float*>(row.exp_avg), m);
       if (stored != m) memcpy(m, stored, static_cast<size_t>(tile.count()) * sizeof(float));
@@ -59,7 +59,7 @@ static inline void load_momentum(Work& w) {
 static inline void store_momentum(const Work& w) {
   const CameRow& row = *w.row;
   if (!w.job->use_8bit) {
-    for_tiles(w, [&](const Tile& tile) {
+    for_tiles(w, [&](const Tile& tile) COAT_LAMBDA_INLINE {
       const float* const m = w.momentum + in_workspace(w, tile);
       auto* const stored = static_cast<float*>(row.exp_avg);
       if (tile.dense()) memcpy(stored + in_tensor(w, tile), m, static_cast<size_t>(tile.count()) * sizeof(float));
@@ -95,13 +95,15 @@ static inline void sum_gradient(Work& w) {
   zero(w.col_sq, w.stride);
   zero(w.row_sum, w.rows);
   zero(w.row_sq, w.rows);
-  for_tiles(w, [&](const Tile& tile) {
+  for_tiles(w, [&](const Tile& tile) COAT_LAMBDA_INLINE {
     for (int r = 0; r < tile.rows; ++r) {
       const Tile line = row_of(tile, r);
       const float* const g = w.gradient + in_workspace(w, line);
       float* const col_sq = w.col_sq + line.col;
       F sums = set1(0.0f), squares = set1(0.0f);
+      const Ahead torque = ahead(w, line, w.row->torque, w.job->use_8bit ? 1 : 4);
       for (int j = 0; j < tile.width; j += kLanes) {
+        torque.fetch(j);
         const F x = load(g + j), square = mul(x, x);
         sums = add(sums, x);
         squares = add(squares, square);
@@ -128,7 +130,7 @@ static inline void advance_factors(Work& w, float* row_state, float* col_state, 
   if (!w.matrix) return;
   double total = 0;
   for (int64_t i = 0; i < w.rows; ++i) {
-    row_state[i] = keep * row_state[i] + rest * static_cast<float>(w.row_sq[i] / static_cast<double>(w.cols) + eps);
+    row_state[i] = keep * row_state[i] + rest * static_cast<float>(w.row_sq[i] * w.per_col + eps);
     total += row_state[i];
   }
   const double mean = total / static_cast<double>(w.rows);
@@ -150,14 +152,16 @@ double sum_normalised(Work& w) {
   if (kColumns) zero(w.col_sum, w.stride), zero(w.col_sq, w.stride);
   if (kRows) zero(w.row_sum, w.rows), zero(w.row_sq, w.rows);
   const F most = set1(kMostByMoment);
-  for_tiles(w, [&](const Tile& tile) {
+  for_tiles(w, [&](const Tile& tile) COAT_LAMBDA_INLINE {
     F all = set1(0.0f);
     for (int r = 0; r < tile.rows; ++r) {
       const Tile line = row_of(tile, r);
       const float *const g = w.gradient + in_workspace(w, line), *const m = w.momentum + in_workspace(w, line);
       const F row_factor = set1(w.row_factor[line.row]);
       F sums = set1(0.0f), squares = set1(0.0f);
+      const Ahead mask = ahead(w, line, w.row->lr_mask, w.job->use_8bit ? 1 : 4);
       for (int j = 0; j < tile.width; j += kLanes) {
+        mask.fetch(j);
         const int64_t col = line.col + j;
         const F h = mul(load(g + j), at_most(most, mul(row_factor, load(w.col_factor + col)))), square = mul(h, h);
         squares = add(squares, square);
@@ -198,43 +202,52 @@ static inline void prepare_torque(Work& w, float clip) {
   }
 }
 
-// m <- beta1 m + (1 - beta1) w h, w = (1 + torque) / 2 with kTorque, else 1. Leaves the sums of (h - m)^2 in row_sq and col_sum.
-template <bool kTorque>
+enum class Torque { kNone, kCodes, kFloats };
+
+// m <- beta1 m + (1 - beta1) w h, w = (1 + torque) / 2, or 1 without. Leaves the sums of (h - m)^2 in row_sq and col_sum.
+template <Torque kTorque>
 void advance_momentum(Work& w, float clip) {
   const CameJob& job = *w.job;
   zero(w.col_sum, w.stride);
   zero(w.row_sq, w.rows);
-  alignas(64) float values[kCameTile];
-  alignas(64) int8_t codes[kCameTile];
-  const F most = set1(kMostByMoment), clip_by = set1(clip), beta = set1(w.row->beta1), one = set1(1.0f), half = set1(0.5f);
-  const F rest = set1(static_cast<float>(1 - static_cast<double>(w.row->beta1)));
-  const F rate = set1(static_cast<float>(job.adaptation_rate)), past = set1(static_cast<float>(1 - job.adaptation_rate));
-  const F emphasis = set1(w.row->tail != nullptr ? static_cast<float>(job.low_rank_emphasis) : 1.0f);
-  for_tiles(w, [&](const Tile& tile) {
-    float* torque = values;
-    int8_t* stored = nullptr;
-    if (kTorque && job.use_8bit) {
-      stored = open(w, tile, static_cast<int8_t*>(w.row->torque), codes);
-      decode_torque(stored, tile.count(), torque);
-    } else if (kTorque) {
-      torque = open(w, tile, static_cast<float*>(w.row->torque), values);
-    }
+  alignas(64) float staged[kCameTile];
+  alignas(64) int8_t staged_codes[kCameTile];
+  constexpr bool codes = kTorque == Torque::kCodes;
+  const float units = codes ? 127.0f : 1.0f;  // of 1 in a stored torque
+  const double rest = 1 - static_cast<double>(w.row->beta1), emphasis = w.row->tail != nullptr ? job.low_rank_emphasis : 1.0;
+  const F most = set1(kMostByMoment), clip_by = set1(clip), beta = set1(w.row->beta1), one = set1(1.0f), minus_one = set1(-1.0f);
+  const F rate = set1(static_cast<float>(job.adaptation_rate) * units), past = set1(static_cast<float>(1 - job.adaptation_rate));
+  const F share_at_0 = set1(static_cast<float>(rest / 2)), by_torque = set1(static_cast<float>(rest / 2 * emphasis / units));
+  const F whole = set1(static_cast<float>(rest)), limit = set1(units);
+  for_tiles(w, [&](const Tile& tile) COAT_LAMBDA_INLINE {
+    auto* const float_state = static_cast<float*>(w.row->torque);
+    auto* const code_state = static_cast<int8_t*>(w.row->torque);
+    float* const torque = kTorque == Torque::kFloats ? open(w, tile, float_state, staged) : nullptr;
+    int8_t* const torque_codes = codes ? open(w, tile, code_state, staged_codes) : nullptr;
     for (int r = 0; r < tile.rows; ++r) {
       const Tile line = row_of(tile, r);
       const float* const g = w.gradient + in_workspace(w, line);
-      float *const m = w.momentum + in_workspace(w, line), *const s = torque + r * tile.width;
+      float* const m = w.momentum + in_workspace(w, line);
       const F row_factor = set1(w.row_factor[line.row]);
       F squares = set1(0.0f);
+      const Ahead history = ahead(w, line, w.row->edge_history, job.use_8bit ? 1 : 4);
       for (int j = 0; j < tile.width; j += kLanes) {
+        history.fetch(j);
         const int64_t col = line.col + j;
+        const int e = r * tile.width + j;
         const F h = mul(mul(load(g + j), at_most(most, mul(row_factor, load(w.col_factor + col)))), clip_by);
         const F old = load(m + j);
-        F share = rest;
-        if (kTorque) {
-          const F cosine = clamp(set1(-1.0f), one, mul(mul(old, h), load(w.col_sq + col)));
-          const F turned = fma(rate, cosine, mul(past, load(s + j)));
-          store(s + j, turned);
-          share = mul(rest, mul(fma(turned, emphasis, one), half));
+        F share = whole;
+        if (kTorque != Torque::kNone) {
+          const F cosine = clamp(minus_one, one, mul(mul(old, h), load(w.col_sq + col)));
+          const F turned = fma(rate, cosine, mul(past, codes ? to_float(load_i8(torque_codes + e)) : load(torque + e)));
+          share = fma(turned, by_torque, share_at_0);
+          if (codes) {
+            const I code = nearest(clamp(sub(set1(0.0f), limit), limit, turned));
+            store_u8(reinterpret_cast<uint8_t*>(torque_codes + e), and_(code, set1(0xFF)));
+          } else {
+            store(torque + e, turned);
+          }
         }
         const F new_m = fma(share, h, mul(beta, old)), gap = sub(h, new_m), square = mul(gap, gap);
         store(m + j, new_m);
@@ -243,12 +256,8 @@ void advance_momentum(Work& w, float clip) {
       }
       w.row_sq[line.row] += sum(squares);
     }
-    if (kTorque && job.use_8bit) {
-      encode_torque(torque, tile.count(), stored);
-      close(w, tile, static_cast<int8_t*>(w.row->torque), stored);
-    } else if (kTorque) {
-      close(w, tile, static_cast<float*>(w.row->torque), torque);
-    }
+    if (codes) close(w, tile, code_state, torque_codes);
+    if (kTorque == Torque::kFloats) close(w, tile, float_state, torque);
   });
 }
 

@@ -9,18 +9,19 @@ namespace coat::COAT_ISA {
 
 constexpr float kHistoryUnits = 7225.0f;  // edge_history code c is c^2 / 7225: 9 at c = 255
 
-// The random bytes of elements first .. first + n - 1. `out` has room for n + 8 + 4 * kLanes; returns that of the first element.
+// 255 less the random byte r of each of the elements first .. first + n - 1: what `by_chance` adds. `out` has room for n + 8 + 4 * kLanes;
+// returns that of the first element.
 static inline const uint8_t* random_bytes(uint32_t key, int64_t first, int n, uint8_t* out) {
   const auto word = static_cast<uint32_t>(first >> 2);
   const int offset = static_cast<int>(first & 3), words = (offset + n + 3) >> 2;
   const I golden = set1(static_cast<int32_t>(kGolden)), mix1 = set1(static_cast<int32_t>(kMix1)), mix2 = set1(static_cast<int32_t>(kMix2));
   I at = add(set1(static_cast<int32_t>(key)), mul(add(set1(static_cast<int32_t>(word)), iota()), golden));
-  const I step = set1(static_cast<int32_t>(kGolden * kLanes));
+  const I step = set1(static_cast<int32_t>(kGolden * kLanes)), ones = set1(-1);
   for (int i = 0; i < words; i += kLanes) {
     I h = xor_(at, shr<16>(at));
     h = mul(h, mix1);
     h = mul(xor_(h, shr<13>(h)), mix2);
-    store(reinterpret_cast<uint32_t*>(out + 4 * i), xor_(h, shr<16>(h)));
+    store(reinterpret_cast<uint32_t*>(out + 4 * i), xor_(xor_(h, shr<16>(h)), ones));
     at = add(at, step);
   }
   return out + offset;
@@ -36,79 +37,66 @@ static inline const uint8_t* tile_random_bytes(const Work& w, const Tile& tile, 
   return out;
 }
 
-COAT_SIMD_INLINE F uniform(const uint8_t* random) {  // in (0, 1)
-  return mul(add(to_float(load_u8(random)), set1(0.5f)), set1(1.0f / 256));
+// below + 1 where u < odds, u = (r + 1/2) / 256, else below; `odds` in units of 1/256. The carry of 255 - r is the comparison.
+COAT_SIMD_INLINE I by_chance(I below, F odds, const uint8_t* random) {
+  return shr<8>(add(add(shl<8>(below), nearest(odds)), load_u8(random)));
 }
 
-// code + 1 with probability `odds`
-COAT_SIMD_INLINE I by_chance(I code, F odds, const uint8_t* random) {
-  return add(code, select(less(uniform(random), odds), set1(1), set1(0)));
+struct MaskDecoder {
+  Table16 hi, lo;
+};
+
+COAT_SIMD_INLINE MaskDecoder mask_decoder(const CameMask& mask) { return {load16(mask.hi), load16(mask.lo)}; }
+
+COAT_SIMD_INLINE F decode_mask(const MaskDecoder& tables, const uint8_t* codes) {
+  const I code = load_u8(codes), low = set1(15);
+  return mul(as_float(lookup(tables.hi, shr<4>(code))), as_float(lookup(tables.lo, and_(code, low))));
 }
 
-static inline void decode_table(const float* table, const uint8_t* codes, int n, float* out) {
-  for (int i = 0; i < n; i += kLanes) store(out + i, gather(table, load_u8(codes + i)));
+// Copies of what CameMask says: bytes that are stored may alias it, and it would be read again for each vector.
+struct MaskEncoder {
+  F position[kFastDegree + 1], per_octave, odds[2];
+};
+
+COAT_SIMD_INLINE MaskEncoder mask_encoder(const CameMask& mask) {
+  MaskEncoder encoder;
+  encoder.per_octave = set1(mask.per_octave);
+  for (int d = 0; d <= kFastDegree; ++d) encoder.position[d] = set1(kFastLog2[d] * mask.per_octave + (d == 0 ? mask.of_unit : 0.0f));
+  for (int d = 0; d < 2; ++d) encoder.odds[d] = set1(mask.odds[d]);
+  return encoder;
 }
 
-// Codes of values > 0 by the logarithm; an error of the fraction at a code's border is one of the odds, near 0 or 1.
-static inline void encode_mask(const CameMask& mask, const float* values, int n, const uint8_t* random, uint8_t* codes) {
-  const F inv_start = set1(mask.inv_start), inv_octaves = set1(mask.inv_octaves);
-  for (int i = 0; i < n; i += kLanes) {
-    F exponent, m;
-    split_normal(mul(load(values + i), inv_start), &exponent, &m);
-    m = sub(m, set1(1.0f));
-    F log2 = set1(kCarefulLog2[kCarefulDegree]);
-    for (int d = kCarefulDegree - 1; d >= 0; --d) log2 = fma(log2, m, set1(kCarefulLog2[d]));
-    const F position = clamp(set1(0.0f), set1(255.0f), fma(add(exponent, log2), inv_octaves, set1(128.0f)));
-    const I below = truncate(min(position, set1(254.0f)));
-    const F f = sub(position, to_float(below));
-    F odds = set1(mask.odds[5]);
-    for (int d = 4; d >= 1; --d) odds = fma(odds, f, set1(mask.odds[d]));
-    store_u8(codes + i, by_chance(below, mul(odds, f), random + i));
-  }
+// The code of values in [min_lr, max_lr]. An error of the position at a code's border is an equal error of odds near 0 or 1.
+COAT_SIMD_INLINE I encode_mask(const MaskEncoder& mask, F values, const uint8_t* random) {
+  F exponent, m;
+  split_normal(values, &exponent, &m);
+  F position = mask.position[kFastDegree];
+  for (int d = kFastDegree - 1; d >= 0; --d) position = fma(position, m, mask.position[d]);
+  position = fma(exponent, mask.per_octave, position);
+  const I below = truncate(position);
+  const F f = sub(position, to_float(below));
+  return by_chance(below, mul(f, fma(mask.odds[1], f, mask.odds[0])), random);
 }
 
-static inline void decode_history(const uint8_t* codes, int n, float* out) {
-  for (int i = 0; i < n; i += kLanes) {
-    const F c = to_float(load_u8(codes + i));
-    store(out + i, mul(mul(c, c), set1(1.0f / kHistoryUnits)));
-  }
-}
-
-static inline void encode_history(const float* values, int n, const uint8_t* random, uint8_t* codes) {
-  for (int i = 0; i < n; i += kLanes) {
-    const F square = mul(max(load(values + i), set1(0.0f)), set1(kHistoryUnits));  // NaN: 0
-    const I below = truncate(min(sqrt(square), set1(254.0f)));
-    const F c = to_float(below);
-    const F odds = div(sub(square, mul(c, c)), add(add(c, c), set1(1.0f)));
-    store_u8(codes + i, by_chance(below, odds, random + i));
-  }
-}
-
-static inline void decode_torque(const int8_t* codes, int n, float* out) {
-  for (int i = 0; i < n; i += kLanes) store(out + i, mul(to_float(load_i8(codes + i)), set1(1.0f / 127)));
-}
-
-static inline void encode_torque(const float* values, int n, int8_t* codes) {
-  for (int i = 0; i < n; i += kLanes) {
-    const F x = load(values + i);
-    const M no_sign = same(less(x, set1(0.0f)), less(set1(0.0f), x));  // 0 or NaN
-    const F scaled = choose(no_sign, set1(0.0f), mul(x, set1(127.0f)));
-    const I code = nearest(clamp(set1(-127.0f), set1(127.0f), scaled));
-    store_u8(reinterpret_cast<uint8_t*>(codes + i), and_(code, set1(0xFF)));
-  }
+// The code of a history x in units of 1 / kHistoryUnits, in which a code's value is its square. Where the root's error gives the
+// next code, the odds are that much under 0 or over 1.
+COAT_SIMD_INLINE I encode_history(F x, const uint8_t* random) {
+  x = min(max(x, set1(1e-6f)), set1(65024.9f));  // NaN: 0
+  const I below = truncate(near_sqrt(x));
+  const F c = to_float(below);
+  return by_chance(below, mul(fnma(c, c, x), near_reciprocal(fma(c, set1(2.0f / 256), set1(1.0f / 256)))), random);
 }
 
 // Bits first .. first + n - 1 of a packed array, n <= kLanes.
-COAT_SIMD_INLINE uint32_t load_bits(const uint8_t* packed, int64_t first, int n) {
+static uint32_t load_few_bits(const uint8_t* packed, int64_t first, int n) {
   const uint8_t* const from = packed + (first >> 3);
   const int shift = static_cast<int>(first & 7), bytes = (shift + n + 7) >> 3;
-  uint32_t bits = from[0];
-  if (bytes > 1) bits |= static_cast<uint32_t>(from[1]) << 8;
-  if (bytes > 2) bits |= static_cast<uint32_t>(from[2]) << 16;
+  uint32_t bits = 0;
+  for (int i = 0; i < bytes; ++i) bits |= static_cast<uint32_t>(from[i]) << (8 * i);
   return bits >> shift;
 }
 
-COAT_SIMD_INLINE void store_bits(uint8_t* packed, int64_t first, int n, uint32_t bits) {
+static void store_few_bits(uint8_t* packed, int64_t first, int n, uint32_t bits) {
   uint8_t* const to = packed + (first >> 3);
   const int shift = static_cast<int>(first & 7), bytes = (shift + n + 7) >> 3;
   const uint32_t mask = ((1u << n) - 1) << shift, shifted = bits << shift;
@@ -116,6 +104,20 @@ COAT_SIMD_INLINE void store_bits(uint8_t* packed, int64_t first, int n, uint32_t
     const uint32_t byte_mask = (mask >> (8 * i)) & 0xFF;
     to[i] = static_cast<uint8_t>((to[i] & ~byte_mask) | ((shifted >> (8 * i)) & byte_mask));
   }
+}
+
+// Exchanges kLanes bits, or the n < kLanes that are left of a row, for new ones. Returns the old.
+COAT_SIMD_INLINE uint32_t exchange_bits(uint8_t* packed, int64_t first, int n, uint32_t bits) {
+  if (kLanes % 8 == 0 && n >= kLanes && first % 8 == 0) {
+    uint32_t old = 0;
+    memcpy(&old, packed + (first >> 3), kLanes / 8);
+    memcpy(packed + (first >> 3), &bits, kLanes / 8);
+    return old;
+  }
+  if (n > kLanes) n = kLanes;
+  const uint32_t old = load_few_bits(packed, first, n);
+  store_few_bits(packed, first, n, bits);
+  return old;
 }
 
 }  // namespace coat::COAT_ISA

@@ -1,7 +1,7 @@
 // Arrays of any parameter dtype to float32 and back.
 #pragma once
 
-#include "../formats/random.h"
+#include "noise.h"
 #include "simd.h"
 
 namespace coat::COAT_ISA {
@@ -53,9 +53,27 @@ static inline void hold_in_bfloat16(int count, float* x) {
   }
 }
 
+// x, rounded stochastically to bfloat16; first is the index of x[0] in its tensor, an even number.
+static inline void store_stochastic_bf16(const float* x, int count, uint32_t key, int64_t first, uint16_t* out) {
+  constexpr int kChunk = 256;
+  for (int begin = 0; begin < count; begin += kChunk) {
+    const int n = count - begin < kChunk ? count - begin : kChunk;
+    alignas(64) uint32_t words[kChunk / 2];
+    random_words(key, static_cast<uint32_t>((first + begin) >> 1), (n + 1) / 2, [&](int i, I random) { store(words + i, random); });
+    uint16_t random[kChunk];
+    memcpy(random, words, sizeof random);
+    for (int i = 0; i < n; ++i) {
+      const uint32_t bits = float_bits(x[begin + i]), magnitude = bits & kAbsMask;
+      const uint32_t rounded = (bits + (magnitude < kInfBits ? random[i] : 0u)) >> 16;
+      out[begin + i] = static_cast<uint16_t>(magnitude > kInfBits ? 0x7FC0u : rounded);
+    }
+  }
+}
+
 // x, rounded stochastically to a 16-bit dtype; first is the index of x[0] in its tensor.
 static inline void store_stochastic(const float* x, int count, DType dtype, uint32_t key, int64_t first, void* out) {
   auto* half = static_cast<uint16_t*>(out);
+  if (dtype == DType::kBFloat16 && first % 2 == 0) return store_stochastic_bf16(x, count, key, first, half);
   for (int i = 0; i < count; ++i) half[i] = to_dtype_stochastic(x[i], dtype, random16(key, static_cast<uint64_t>(first + i)));
 }
 

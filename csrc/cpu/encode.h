@@ -5,7 +5,7 @@
 // variant of the same kernel.
 #pragma once
 
-#include "../formats/random.h"
+#include "noise.h"
 #include "plan.h"
 
 namespace coat::COAT_ISA {
@@ -95,8 +95,8 @@ COAT_SIMD_INLINE void encode_softsign8(float amax, const float* x, int n, const 
   const F magic = set1(1.5f * kFixedMagic);  // adding it leaves a signed integer, rounded to even, in the low byte
   store_codes(codes, n, [&](int i) __attribute__((always_inline)) {
     const F value = load(x + i), magnitude = abs(value), sum = add(magnitude, top);
-    if (!kKeep && !kStochastic) return and_(as_int(add(mul(div(value, sum), set1(254.0f)), magic)), byte);
-    const F y = mul(div(magnitude, sum), set1(254.0f));
+    if (!kKeep && !kStochastic) return and_(as_int(add(div(mul(value, set1(254.0f)), sum), magic)), byte);
+    const F y = div(mul(magnitude, set1(254.0f)), sum);
     I code;
     if (kStochastic) {
       code = truncate(y);
@@ -185,17 +185,11 @@ static inline void dither_e2m1(const GroupFormat& format, const float* x, float 
 
 // 255 - the random byte of elements first .. first + n - 1; both are multiples of 32, as groups are.
 static inline void fill_noise(uint32_t key, int64_t first, int n, uint8_t* noise) {
-  I counter =
-      add(set1(static_cast<int32_t>(key + static_cast<uint32_t>(first >> 2) * kGolden)), mul(iota(), set1(static_cast<int32_t>(kGolden))));
-  const I step = set1(static_cast<int32_t>(kGolden * static_cast<uint32_t>(kLanes)));
-  for (int i = 0; i < n; i += 4 * kLanes) {
-    I h = mul(xor_(counter, shr<16>(counter)), set1(static_cast<int32_t>(kMix1)));
-    h = mul(xor_(h, shr<13>(h)), set1(static_cast<int32_t>(kMix2)));
+  random_words(key, static_cast<uint32_t>(first >> 2), n / 4, [&](int i, I random) __attribute__((always_inline)) {
     uint32_t words[kLanes];
-    store(words, xor_(xor_(h, shr<16>(h)), set1(-1)));
-    memcpy(noise + i, words, sizeof words);
-    counter = add(counter, step);
-  }
+    store(words, xor_(random, set1(-1)));
+    memcpy(noise + 4 * i, words, sizeof words);
+  });
 }
 
 static inline uint32_t smallest_nonzero(const float* x, int n) {

@@ -14,7 +14,7 @@ namespace {
 
 // Columns of the table after the arrays.
 constexpr int kStep = 15, kNumel = 16, kIndex = 17, kRows = 18, kCols = 19;
-constexpr int kMaskCentre = 128, kMaskSide = 127;
+constexpr int kMaskSide = 127;  // codes on the shorter side of lr_mask's start
 // The generator's streams of lr_mask and edge_history: a contract with settings.py.
 constexpr uint32_t kStreamMask = 4, kStreamHistory = 5;
 
@@ -27,21 +27,27 @@ Workspace make_workspace(int64_t floats) {
   return Workspace(static_cast<float*>(operator new(static_cast<size_t>(floats) * sizeof(float), std::align_val_t{64})));
 }
 
+// values: float32 [256], of which three say the rest.
 CameMask make_mask(const float* values) {
-  CameMask mask{values, 0, 0, {}};
-  const double octaves = std::log2(static_cast<double>(values[255]) / values[kMaskCentre]) / kMaskSide;
-  mask.inv_start = 1 / values[kMaskCentre];
-  if (!(octaves > 0)) return mask;  // min_lr = max_lr: all codes stand for it
-  mask.inv_octaves = static_cast<float>(1 / octaves);
-  double term = 1;
-  for (int d = 1; d <= 5; ++d) {
-    term *= octaves * std::log(2.0) / d;
-    mask.odds[d] = static_cast<float>(term / (std::exp2(octaves) - 1));
+  CameMask mask{};
+  const double start = values[kMaskStart], octaves = std::log2(values[255] / start) / kMaskSide;
+  for (int i = 0; i < 16; ++i) {
+    mask.hi[i] = static_cast<float>(start * std::exp2((16 * i - kMaskStart) * octaves));
+    mask.lo[i] = static_cast<float>(std::exp2(i * octaves));
   }
+  mask.of_unit = kMaskStart;
+  mask.odds[0] = 256;
+  if (!(octaves > 0)) return mask;  // min_lr = max_lr, which all codes stand for
+  mask.per_octave = static_cast<float>(1 / octaves);
+  mask.of_unit = static_cast<float>(kMaskStart - std::log2(start) / octaves);
+  // exact at f = 1/2 and 1
+  const double half = 1 / (std::exp2(octaves / 2) + 1);
+  mask.odds[1] = static_cast<float>(256 * (2 - 4 * half));
+  mask.odds[0] = static_cast<float>(256 * (4 * half - 1));
   return mask;
 }
 
-CameRow make_row(const int64_t* entry, const CameNumbers& numbers, int64_t i, const CameJob& job, std::vector<CameMask>& masks) {
+CameRow make_row(const int64_t* entry, const CameNumbers& numbers, int64_t i, const CameJob& job, const std::vector<CameMask>& masks) {
   CameRow row{};
   row.param = pointer<void>(entry[0]);
   row.grad = pointer<const void>(entry[1]);
@@ -71,8 +77,8 @@ CameRow make_row(const int64_t* entry, const CameNumbers& numbers, int64_t i, co
   row.lr_start = own[5];
   row.first = own[6] < 0;
   if (!masks.empty()) {
-    row.old_mask = row.first ? nullptr : masks[static_cast<size_t>(own[6])].values;
-    row.mask = masks[static_cast<size_t>(own[7])];
+    row.old_mask = row.first ? nullptr : &masks[static_cast<size_t>(own[6])];
+    row.new_mask = &masks[static_cast<size_t>(own[7])];
   }
   const auto key = [&](uint32_t stream) {
     return stream_key(job.seed, static_cast<uint32_t>(*step), static_cast<uint32_t>(entry[kIndex]), stream);
@@ -108,7 +114,12 @@ void came_8bit(const int64_t* table, int64_t n_tensors, const CameNumbers& numbe
   std::atomic<size_t> next_workspace{0};
   parallel(n_tensors, elements, threads, [&](int64_t, int64_t) {
     float* const own = memory[next_workspace++].get();
-    for (int64_t i = next_tensor++; i < n_tensors; i = next_tensor++) kernels.came_8bit(job, rows[static_cast<size_t>(i)], own);
+    for (int64_t i = next_tensor++, after; i < n_tensors; i = after) {
+      after = next_tensor++;
+      CameRow& row = rows[static_cast<size_t>(i)];
+      row.next_grad = after < n_tensors ? rows[static_cast<size_t>(after)].grad : nullptr;
+      kernels.came_8bit(job, row, own);
+    }
   });
 }
 

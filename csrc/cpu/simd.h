@@ -12,6 +12,7 @@
 #include "kernels.h"
 
 #define COAT_SIMD_INLINE static inline __attribute__((always_inline))
+#define COAT_SIMD_MEMBER inline __attribute__((always_inline))
 
 #if defined(COAT_ISA_AVX512)
 #include "simd_avx512.h"

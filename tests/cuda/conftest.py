@@ -39,11 +39,13 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> t
         return torch.device("cuda")
     library = request.getfixturevalue("emulated")
 
-    def launch(kernel: Kernel, arguments: ctypes.Structure, device: torch.device, blocks: int) -> None:
+    def launch(kernel: Kernel, arguments: ctypes.Structure, device: torch.device, blocks: int, *, cooperative: bool = False) -> None:
         assert device.type == "cpu"
+        assert ctypes.sizeof(arguments) == getattr(library, f"sizeof_{kernel.name}")()
         if blocks > 0:
             run = getattr(library, f"emulate_{kernel.name}")
             run(ctypes.byref(arguments), min(blocks, RESIDENT_BLOCKS), kernel.threads, int(request.param == "descending"))
 
     monkeypatch.setattr(Kernel, "launch", launch)
+    monkeypatch.setattr(Kernel, "resident_blocks", lambda kernel, device: RESIDENT_BLOCKS)
     return torch.device("cpu")

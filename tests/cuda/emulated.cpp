@@ -2,6 +2,7 @@
 #include "emulator.h"
 //
 #include "../../csrc/cuda/blockwise_quant.cu"
+#include "../../csrc/cuda/came_8bit.cu"
 #include "../../csrc/cuda/step_8bit.cu"
 
 using namespace coat;
@@ -9,6 +10,7 @@ using namespace coat;
 COAT_EMULATE(quantize_blockwise, QuantizeArguments)
 COAT_EMULATE(dequantize_blockwise, QuantizeArguments)
 COAT_EMULATE(advance_8bit, StepArguments)
+COAT_EMULATE(came_8bit, CameArguments)
 COAT_EMULATE(step_8bit_adamw, StepArguments)
 COAT_EMULATE(step_8bit_lion, StepArguments)
 COAT_EMULATE(step_8bit_momentum, StepArguments)

@@ -51,7 +51,7 @@ namespace emulator {
 
 constexpr int kWarp = 32;
 constexpr size_t kStack = 64 << 10;
-enum class State { kReady, kAtBlock, kAtWarp, kDone };
+enum class State { kReady, kAtBlock, kAtWarp, kAtGrid, kDone };
 
 struct Fiber {
   ucontext_t start;
@@ -112,7 +112,7 @@ inline bool release(int begin, int end, State barrier) {
   return true;
 }
 
-inline void run_block(int threads, bool descending) {
+inline void start_block() {
   for (Fiber& fiber : block->fibers) {
     if (!fiber.stack) {
       fiber.stack.reset(new char[kStack]);
@@ -125,7 +125,12 @@ inline void run_block(int threads, bool descending) {
     fiber.started = false;
     fiber.exchanges = 0;
   }
-  for (int done = 0; done < threads;) {
+}
+
+// Until all threads have returned, or wait for the other blocks of a cooperative launch; whether they have returned.
+inline bool run_block(int threads, bool descending) {
+  for (;;) {
+    int done = 0, elsewhere = 0;
     bool moved = false;
     for (int k = 0; k < threads; k += kWarp) {
       const int warp = descending ? threads - kWarp - k : k;
@@ -135,28 +140,45 @@ inline void run_block(int threads, bool descending) {
           if (block->fibers[static_cast<size_t>(i)].state != State::kReady) continue;
           moved = true;
           resume(i);
-          done += block->fibers[static_cast<size_t>(i)].state == State::kDone;
         }
       } while (release(warp, warp + kWarp, State::kAtWarp));
     }
-    if (!release(0, threads, State::kAtBlock) && !moved && done < threads) fail("threads wait at different barriers");
+    for (const Fiber& fiber : block->fibers) {
+      done += fiber.state == State::kDone;
+      elsewhere += fiber.state == State::kAtGrid;
+    }
+    if (done == threads || elsewhere == threads) return done == threads;
+    if (!release(0, threads, State::kAtBlock) && !moved) fail("threads wait at different barriers");
   }
 }
 
+// Blocks run one after the other; those of a cooperative launch from one barrier of the grid to the next.
 template <typename Arguments>
 void run(void (*kernel)(Arguments), const void* arguments, int blocks, int threads, int descending) {
-  static Block state;  // kept: new stacks for every launch are most of its time
-  state.fibers.resize(static_cast<size_t>(threads));
-  state.slots.resize(static_cast<size_t>(2 * threads));
+  static std::vector<Block> all;  // kept: new stacks for every launch are most of its time
   Arguments copy;
   memcpy(&copy, arguments, sizeof copy);
-  state.body = [&] { kernel(copy); };
-  block = &state;
+  if (all.size() < static_cast<size_t>(blocks)) all.resize(static_cast<size_t>(blocks));
   gridDim.x = static_cast<unsigned>(blocks);
   blockDim.x = static_cast<unsigned>(threads);
-  for (int i = 0; i < blocks; ++i) {
-    blockIdx.x = static_cast<unsigned>(i);
-    run_block(threads, descending != 0);
+  std::vector<bool> returned(static_cast<size_t>(blocks));
+  for (int left = blocks, round = 0; left > 0; ++round) {
+    for (int i = 0; i < blocks; ++i) {
+      if (returned[static_cast<size_t>(i)]) continue;
+      block = &all[static_cast<size_t>(i)];
+      blockIdx.x = static_cast<unsigned>(i);
+      if (round == 0) {
+        block->fibers.resize(static_cast<size_t>(threads));
+        block->slots.resize(static_cast<size_t>(2 * threads));
+        block->body = [&] { kernel(copy); };
+        start_block();
+      } else {
+        for (Fiber& fiber : block->fibers) fiber.state = State::kReady;
+      }
+      returned[static_cast<size_t>(i)] = run_block(threads, descending != 0);
+      left -= returned[static_cast<size_t>(i)];
+    }
+    if (left > 0 && left < blocks) fail("some blocks wait for others that have returned");
   }
   block = nullptr;
 }
@@ -164,6 +186,8 @@ void run(void (*kernel)(Arguments), const void* arguments, int blocks, int threa
 }  // namespace emulator
 
 inline void __syncthreads() { emulator::wait(emulator::State::kAtBlock); }
+inline void __syncwarp() { emulator::wait(emulator::State::kAtWarp); }
+inline void emulate_grid_barrier() { emulator::wait(emulator::State::kAtGrid); }
 
 inline unsigned __shfl_xor_sync(unsigned mask, unsigned value, int lanes) {
   using emulator::block;
@@ -177,6 +201,7 @@ inline unsigned __shfl_xor_sync(unsigned mask, unsigned value, int lanes) {
 
 // The C functions that a launcher calls in place of the driver.
 #define COAT_EMULATE(KERNEL, ARGUMENTS)                                                              \
+  extern "C" size_t sizeof_##KERNEL() { return sizeof(ARGUMENTS); }                                  \
   extern "C" void emulate_##KERNEL(const void* arguments, int blocks, int threads, int descending) { \
     emulator::run<ARGUMENTS>(KERNEL, arguments, blocks, threads, descending);                        \
   }

@@ -65,7 +65,9 @@ def test_errors_name_what_is_known() -> None:
     ("options", "error", "message"),
     [
         ({"m1_format": "fp4"}, ValueError, "unknown m1_format 'fp4'; known formats"),
+        ({"m2_format": "float16"}, ValueError, "unknown m2_format 'float16'; known formats: e4m3, e5m2, log8, e2m1, bfloat16, float32"),
         ({"m1_format": "log8"}, ValueError, "signed first moment"),
+        ({"m2_format": "softsign8"}, ValueError, "too narrow for second moments"),
         ({"m2_rounding": "up"}, ValueError, "unknown m2_rounding 'up'"),
         ({"m1_rounding": None}, ValueError, "unknown m1_rounding None"),
         ({"block_size": 100}, ValueError, "group size 100"),
@@ -82,3 +84,7 @@ def test_config_chooses_codecs() -> None:
     assert (config.exp_avg_codec.name, config.exp_avg_sq_codec.name) == ("e4m3", "log8")
     assert (config.m1_rounding, config.exp_avg_sq_rounding) == ("nearest", "stochastic")
     assert FP8QuantizationConfig(use_fp8_m1=False).exp_avg_codec.name == "float32"
+    small = FP8QuantizationConfig(m1_format="softsign8", m2_format="e2m1")
+    assert (small.exp_avg_codec.name, small.exp_avg_sq_codec.name, small.exp_avg_sq_rounding) == ("softsign8", "e2m1_expand", "nearest")
+    plain = FP8QuantizationConfig(m1_format="float32", m2_format="bfloat16")
+    assert (plain.exp_avg_codec.name, plain.exp_avg_sq_codec.name, plain.exp_avg_sq_rounding) == ("float32", "bfloat16", "stochastic")

@@ -52,6 +52,20 @@ def test_at_every_threshold(signed: bool, machine: torch.device) -> None:
 
 
 @both_maps
+def test_near_every_threshold(signed: bool, machine: torch.device) -> None:
+    """Where a fast kernel must leave the choice to exact arithmetic: within 20 floats of a threshold, for maxima of any pattern."""
+    generator = torch.Generator().manual_seed(3)
+    maxima = torch.ldexp(1 + torch.rand(200, generator=generator), torch.randint(-110, 110, (200,), generator=generator))
+    edges = thresholds(signed).view(torch.int32)[None, :] + torch.randint(-20, 21, (200, len(thresholds(signed))), generator=generator)
+    z = edges.int().view(torch.float32).clamp(max=1)
+    x = torch.zeros(200, 256)
+    x[:, 0] = maxima
+    x[:, 1 : 1 + min(z.shape[1], 255)] = (z * maxima[:, None])[:, :255].minimum(maxima[:, None])
+    check(x, 256, signed, machine)
+    check(-x, 256, signed, machine)
+
+
+@both_maps
 def test_every_code_decodes(signed: bool, machine: torch.device) -> None:
     codes = torch.arange(256, dtype=torch.uint8, device=machine)
     for absmax in (0.0, 1e-45, 1e-30, 0.7, 3e38):

@@ -208,7 +208,12 @@ def test_verbose_logs_the_final_configuration(caplog: pytest.LogCaptureFixture, 
 
 def test_an_lr_that_the_mask_would_cut_is_said(caplog: pytest.LogCaptureFixture) -> None:
     AutomagicCameAMP(params(), lr=2e-3)
-    assert caplog.messages == ["lr 0.002 lies above max_lr 0.001, which bounds every element's learning rate: raise max_lr"]
+    AutomagicCameAMP(params(), lr=1e-8)
+    AutomagicCameAMP(params(), lr=0.0)  # where a scheduler's warm-up starts
+    assert caplog.messages == [
+        "lr 0.002 lies above max_lr 0.001, which bounds every element's learning rate: raise max_lr",
+        "lr 1e-08 lies below min_lr 1e-07, which bounds every element's learning rate: lower min_lr",
+    ]
 
 
 def test_trainers_can_find_the_options_and_the_names() -> None:

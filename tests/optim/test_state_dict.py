@@ -21,6 +21,8 @@ CONFIGS = {
     },
     "second moment alone": {"fp8_config": FP8QuantizationConfig(use_fp8_m1=False)},
     "split": {"param_rounding": "split"},
+    "softsign8 and bfloat16": {"fp8_config": FP8QuantizationConfig(m1_format="softsign8", m2_format="bfloat16")},
+    "four bits, odd sizes": {"fp8_config": FP8QuantizationConfig(m1_format="e2m1", m2_format="e2m1", block_size=64), "min_quant_numel": 0},
 }
 configs = pytest.mark.parametrize("options", CONFIGS.values(), ids=CONFIGS.keys())
 

@@ -217,3 +217,20 @@ def test_compiled_training_step(info, device: torch.device) -> None:
         warnings.simplefilter("ignore")
         losses = [train_step().item() for _ in range(10)]
     assert losses[-1] < losses[0]
+
+
+@infos
+def test_a_misspelt_option_gets_the_nearest_name(info) -> None:
+    cls = info.optim_cls.__mro__[info.name.endswith("QuantAll")]
+    with pytest.raises(TypeError, match=f"{cls.__name__} got an unexpected keyword argument 'maximise'; did you mean 'maximize'"):
+        cls([nn.Parameter(torch.zeros(3, 3))], maximise=True)
+
+
+@infos
+def test_only_adamws_states_are_exported_as_adamws(info) -> None:
+    optimizer = info.optim_cls([nn.Parameter(torch.zeros(3, 3))])
+    if info.optim_cls in ADAMW:
+        assert optimizer.export_adamw_state_dict()["param_groups"]
+    else:
+        with pytest.raises(TypeError, match="does not keep AdamW's two moments"):
+            optimizer.export_adamw_state_dict()

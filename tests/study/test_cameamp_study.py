@@ -1,13 +1,18 @@
-"""CameAMP against tuned AdamW: a run of a few steps and the verdict's teeth."""
+"""CameAMP against tuned AdamW: a run of a few steps, the verdict's teeth, and the recorded results."""
 
 from __future__ import annotations
 
+import copy
 import math
 
 import pytest
 
+from bench.environment import ROOT
+from bench.rows import read_jsonl
 from bench.study.cameamp import report, train
-from bench.study.cameamp.entrants import FLOAT32, LRS, REFERENCE
+from bench.study.cameamp.entrants import FLOAT32, LRS, PROFILES, REFERENCE
+
+RECORDED = ROOT / "bench" / "results" / "cameamp_study.jsonl"
 
 
 @pytest.fixture
@@ -56,7 +61,7 @@ def test_the_verdict_passes_what_is_right_and_fails_what_is_not():
         (planted({"memory_optimized": math.nan}), "memory_optimized: "),
         (planted(best=0), "is not tuned"),
         (planted(best=-1), "is not tuned"),
-        (planted({name: 0.25 for name in report.ENTRANTS}), "too little learnt"),
+        (planted({name: 0.9 for name in report.ENTRANTS}), "says nothing"),
         (planted(state_bytes=9.0), "quality_optimized: 9.00 state bytes"),
         ([row for row in planted() if row["case"]["seed"] != 2], "balanced: not on seeds [0, 1, 2]"),
         ([row for row in planted() if row["case"]["optimizer"] != "balanced"], "balanced: not on seeds"),
@@ -69,3 +74,16 @@ def test_table_and_plot_are_drawn(tmp_path):
     report.plot(planted(), tmp_path / "plot.png")
     assert (tmp_path / "plot.png").stat().st_size > 10_000
     assert all(f"| {name} |" in report.markdown(planted()) for name in report.ENTRANTS)
+
+
+def test_the_recorded_study_passes():
+    assert RECORDED.exists(), "no recorded study: run `make cameamp-study` and commit bench/results/cameamp_study.*"
+    rows = read_jsonl(RECORDED)
+    assert report.verdict(rows) == []
+    assert all(row["environment"]["commit"] != "unknown" and row["environment"]["versions"]["diffusers"] for row in rows)
+    # the verdict must depend on what was recorded
+    worse = copy.deepcopy(rows)
+    for row in worse:
+        if row["case"]["optimizer"] in PROFILES:
+            row["final_loss"] *= 1.5
+    assert len(report.verdict(worse)) == len(PROFILES)

@@ -1,19 +1,22 @@
-"""The family study: its parts at a few steps, what the ledger skips and the verdict's teeth."""
+"""The family study: its parts at a few steps, what the ledger skips, the verdict's teeth, and the recorded results."""
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 
 import pytest
 import torch
 
+from bench.environment import ROOT
 from bench.rows import read_jsonl, write_jsonl
 from bench.study import ledger
 from bench.study.family import digits, report, train, works
 from bench.study.family.__main__ import final_cases, sweep_cases
 from bench.study.family.entrants import FAMILIES, FLOAT32
 
+RECORDED = ROOT / "bench" / "results" / "family_study.jsonl"
 SMOKE = {
     "digits": works.Digits(steps=12, batch_size=32, width=32, layers=1, validation=1),
     "language": works.Language(steps=12, batch_size=4, width=32, layers=1, length=32, validation=2),
@@ -123,3 +126,16 @@ def test_tables_and_plot_are_drawn(tmp_path):
     report.plot(planted(), tmp_path / "plot.png")
     assert (tmp_path / "plot.png").stat().st_size > 10_000
     assert report.markdown(planted()).count("\n| digits") == sum(len(f.forms) for f in FAMILIES.values()) + len(FAMILIES)
+
+
+def test_the_recorded_study_passes():
+    assert RECORDED.exists(), "no recorded study: run `make family-study` and commit bench/results/family_study.*"
+    rows = read_jsonl(RECORDED)
+    assert report.verdict(rows) == []
+    assert all(row["environment"]["commit"] != "unknown" and row["environment"]["versions"]["torch"] for row in rows)
+    # the verdict must depend on what was recorded
+    worse = copy.deepcopy(rows)
+    for row in worse:
+        if row["case"]["form"] != FLOAT32:
+            row["final_loss"] *= 1.05
+    assert len(report.verdict(worse)) >= sum(len(f.forms) for f in FAMILIES.values())

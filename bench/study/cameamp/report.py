@@ -10,8 +10,6 @@ from .entrants import FLOAT32, LRS, PROFILES, REFERENCE
 
 #: Most that a profile's mean evaluation loss may lie above tuned AdamW's.
 LOSS_TOLERANCE = 0.03
-#: Most of the base model's loss that AdamW may leave: with more left the comparison would say little.
-LEARNT_SHARE = 0.6
 #: Most bytes of state a parameter after the warm-up, half of AdamW's: more means that the states are not in 8 bits.
 STATE_BYTES = 4.0
 SEEDS = (0, 1, 2)
@@ -73,8 +71,8 @@ def summary(rows: list[dict]) -> list[dict]:
 def verdict(rows: list[dict]) -> list[str]:
     """What does not hold; empty if the study is passed.
 
-    AdamW is tuned, its best learning rate inside the sweep, and has learnt the class; every profile, its states in 8 bits, ends at most
-    `LOSS_TOLERANCE` above it.
+    AdamW is tuned: its best learning rate lies inside the sweep, and its worst one would fail, so that the tolerance tells good training
+    from bad. Every profile, its states in 8 bits, ends at most `LOSS_TOLERANCE` above it.
     """
     of = {entry["optimizer"]: entry for entry in summary(rows)}
     failures = [f"{name}: not on seeds {list(SEEDS)}" for name in (REFERENCE, *PROFILES) if of.get(name, {}).get("seeds") != list(SEEDS)]
@@ -83,8 +81,8 @@ def verdict(rows: list[dict]) -> list[str]:
     reference = of[REFERENCE]
     if reference["lr"] in (min(tried := sweep(rows, REFERENCE)), max(tried)):
         failures.append(f"{REFERENCE}: the best learning rate, {reference['lr']:g}, ends the sweep: it is not tuned")
-    if not reference["loss"] <= LEARNT_SHARE * reference["base_loss"]:
-        failures.append(f"{REFERENCE}: loss {reference['loss']:.4f}, {reference['base_loss']:.4f} without the LoRA: too little learnt")
+    if not max(tried.values()) > (1 + LOSS_TOLERANCE) * min(tried.values()):
+        failures.append(f"{REFERENCE}: all learning rates end within {LOSS_TOLERANCE:.0%}: the comparison says nothing")
     for name in PROFILES:
         entry = of[name]
         if not entry["relative"] <= LOSS_TOLERANCE:

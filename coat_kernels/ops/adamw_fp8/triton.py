@@ -20,19 +20,23 @@ from torch import Tensor
 from ...formats.codecs import STREAM_EXP_AVG, STREAM_EXP_AVG_SQ, STREAM_PARAM
 from ...formats.parameters import PARAM_ROUNDINGS
 from ...formats.triton import (
-    FLOAT32,
-    LOG8,
+    array_dtype,
+    code_offset,
+    codec_constant,
     decode_checked,
     decode_plain,
     encode_checked,
     encode_plain,
     has_plain_form,
     inverse_of_unit,
+    is_dithered_in_tiles,
+    load_codes,
     plain_range,
     sqrt_of_unit,
+    store_codes,
 )
 from ...formats.triton_launch import device_guard, instruction_set, signed32, tl_dtype
-from ...formats.triton_params import PARAM_SPLIT, PARAM_STOCHASTIC, load_param, store_param, stream_key, to_float32
+from ...formats.triton_params import PARAM_SPLIT, PARAM_STOCHASTIC, load_param, round_bfloat16, store_param, stream_key, to_float32
 from ...formats.triton_ptx import bits_of, float_of, reciprocal, scaled_reciprocal, sqrt
 from .settings import COLUMNS, Hyperparameters, StateFormat
 
@@ -98,8 +102,8 @@ def _decode(state, amax, k16, beta, CODEC: tl.constexpr, SIGNED: tl.constexpr, P
         return decode_plain(state, amax * beta, k16, CODEC, SIGNED, ISA)
     else:
         one = (k16 * 0).to(tl.float32) + 1.0
-        if CODEC == FLOAT32:
-            return state * beta, one, k16 * 0 - 1
+        if not codec_constant(CODEC, "quantized"):
+            return to_float32(state) * beta, one, k16 * 0 - 1
         else:
             return decode_checked(state, amax, k16, CODEC, ISA) * beta, one, k16 * 0 - 1
 
@@ -133,7 +137,7 @@ def _step_groups(
     step_size, root, decay = corrections
     beta1, rest1, beta2, rest2 = betas
     m_key, v_key, param_key = keys
-    QUANTIZED: tl.constexpr = M_CODEC != FLOAT32 or V_CODEC != FLOAT32
+    QUANTIZED: tl.constexpr = codec_constant(M_CODEC, "quantized") or codec_constant(V_CODEC, "quantized")
     M_PLAIN: tl.constexpr = not CHECKED and has_plain_form(M_CODEC)
     V_PLAIN: tl.constexpr = not CHECKED and has_plain_form(V_CODEC)
     rows = tl.arange(0, ROWS)
@@ -141,8 +145,8 @@ def _step_groups(
     mask = offsets < left if CHECKED else None
     other = 0 if CHECKED else None
 
-    m_state = tl.load(m_ptr + offsets, mask=mask, other=other)
-    v_state = tl.load(v_ptr + offsets, mask=mask, other=other)
+    m_state = load_codes(m_ptr, left, G, ROWS, CHECKED, M_CODEC)
+    v_state = load_codes(v_ptr, left, G, ROWS, CHECKED, V_CODEC)
     g = to_float32(tl.load(grad_ptr + offsets, mask=mask, other=other))
     stored = tl.load(param_ptr + offsets, mask=mask, other=other)
     residual = stored
@@ -200,8 +204,8 @@ def _step_groups(
         v_codes, v_top, v_byte = _encode(
             v, g, v_bits, v_spread, v_amax, v_k16, v_key, first, offsets, V_CODEC, False, V_STOCHASTIC, V_PLAIN, ISA
         )
-        tl.store(m_ptr + offsets, m_codes, mask=mask)
-        tl.store(v_ptr + offsets, v_codes, mask=mask)
+        store_codes(m_ptr, m_codes, left, G, ROWS, CHECKED, M_CODEC)
+        store_codes(v_ptr, v_codes, left, G, ROWS, CHECKED, V_CODEC)
         if QUANTIZED:
             low = bits_of(m_top).to(tl.uint32, bitcast=True).to(tl.int64)
             tl.store(amax_ptr + rows, low | (bits_of(v_top).to(tl.int64) << 32))
@@ -226,13 +230,16 @@ def _encode(
     PLAIN: tl.constexpr,
     ISA: tl.constexpr,
 ):
-    """State, amax and metadata byte as stored; amax and k16 come from `plain_range`, or are the old ones and stay with `float32`.
+    """State, amax and metadata byte as stored; amax and k16 come from `plain_range`, or are the old ones and stay where
+    nothing is encoded.
 
     A finite gradient whose square overflows: the update stands still, as torch's does, and what is stored of v stays a number.
     """
     if not SIGNED and not PLAIN:
         x = tl.where((tl.abs(g) < float("inf")) & (x > _FLOAT32_MAX), _FLOAT32_MAX, x)
-    if CODEC == FLOAT32:
+    if not codec_constant(CODEC, "quantized"):
+        if codec_constant(CODEC, "name") == "bfloat16":
+            x = round_bfloat16(x, key, first, offsets, STOCHASTIC, ISA)
         return x, amax, k16
     elif PLAIN:
         codes, k16_new = encode_plain(x, max_bits, spread, key, first, offsets, CODEC, SIGNED, STOCHASTIC, ISA)
@@ -282,8 +289,8 @@ def step_kernel(
         grad_factor = 1.0 / tl.load(grad_scale_ptr)
     if MAXIMIZE:
         grad_factor = -grad_factor
-    M_DTYPE: tl.constexpr = tl.float32 if M_CODEC == FLOAT32 else tl.uint8
-    V_DTYPE: tl.constexpr = tl.float32 if V_CODEC == FLOAT32 else tl.uint8
+    M_DTYPE: tl.constexpr = array_dtype(M_CODEC)
+    V_DTYPE: tl.constexpr = array_dtype(V_CODEC)
     SCALED_GRAD: tl.constexpr = MAXIMIZE or grad_scale_ptr is not None
 
     m_key = tl.full([], 0, tl.uint32)
@@ -298,8 +305,8 @@ def step_kernel(
     keys = (m_key, v_key, param_key)
 
     ROWS: tl.constexpr = _TILE // G
-    # FP8 codes rounded by chance have no plain form, and 16 elements a thread of the other spill registers on sm_120
-    WHOLE_TILES: tl.constexpr = not M_STOCHASTIC and (V_CODEC == LOG8 or not V_STOCHASTIC)
+    # small floats rounded by chance have no plain form, and 16 elements a thread of the other spill registers on sm_120
+    WHOLE_TILES: tl.constexpr = (is_dithered_in_tiles(M_CODEC) or not M_STOCHASTIC) and (is_dithered_in_tiles(V_CODEC) or not V_STOCHASTIC)
     first = group * G
     irregular = tl.full([], 0, tl.int32)
     params = _address(row_ptr, _PARAM, PARAM_DTYPE) + first
@@ -309,8 +316,8 @@ def step_kernel(
         pointers = (
             tl.multiple_of(params, 16),
             tl.multiple_of(grads, 16),
-            tl.multiple_of(_address(row_ptr, _EXP_AVG, M_DTYPE) + first, 16),
-            tl.multiple_of(_address(row_ptr, _EXP_AVG_SQ, V_DTYPE) + first, 16),
+            tl.multiple_of(_address(row_ptr, _EXP_AVG, M_DTYPE) + code_offset(first, M_CODEC), 16),
+            tl.multiple_of(_address(row_ptr, _EXP_AVG_SQ, V_DTYPE) + code_offset(first, V_CODEC), 16),
             _address(row_ptr, _AMAX, tl.int64) + group,
             _address(row_ptr, _K16, tl.uint16) + group,
             tl.multiple_of(_address(row_ptr, _RESIDUAL, tl.int8) + first, 16),
@@ -328,8 +335,8 @@ def step_kernel(
             pointers = (
                 _address(row_ptr, _PARAM, PARAM_DTYPE) + at,
                 _address(row_ptr, _GRAD, GRAD_DTYPE) + at,
-                _address(row_ptr, _EXP_AVG, M_DTYPE) + at,
-                _address(row_ptr, _EXP_AVG_SQ, V_DTYPE) + at,
+                _address(row_ptr, _EXP_AVG, M_DTYPE) + code_offset(at, M_CODEC),
+                _address(row_ptr, _EXP_AVG_SQ, V_DTYPE) + code_offset(at, V_CODEC),
                 _address(row_ptr, _AMAX, tl.int64) + (group + i),
                 _address(row_ptr, _K16, tl.uint16) + (group + i),
                 _address(row_ptr, _RESIDUAL, tl.int8) + at,
@@ -427,8 +434,8 @@ def step(
                 GRAD_DTYPE=tl_dtype(grad_dtype),
                 M_CODEC=fmt.exp_avg.index,
                 V_CODEC=fmt.exp_avg_sq.index,
-                M_STOCHASTIC=fmt.exp_avg.quantized and fmt.exp_avg_rounding == "stochastic",
-                V_STOCHASTIC=fmt.exp_avg_sq.quantized and fmt.exp_avg_sq_rounding == "stochastic",
+                M_STOCHASTIC=fmt.exp_avg.name != "float32" and fmt.exp_avg_rounding == "stochastic",
+                V_STOCHASTIC=fmt.exp_avg_sq.name != "float32" and fmt.exp_avg_sq_rounding == "stochastic",
                 PARAM_ROUNDING=PARAM_ROUNDINGS.index(fmt.param_rounding),
                 MAXIMIZE=hyper.maximize,
                 G=fmt.group_size,

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ...backends import BackendUnavailable
 from ..bucket import Bucket
 from ..state import StepFormat
 from . import reference
@@ -20,6 +19,9 @@ class CameBucket(Bucket):
 
     op = "came_8bit"
     columns = COLUMNS
+
+    #: Host copy of the tensors' `lr_max`.
+    _lr_max: Tensor | None = None
 
     @staticmethod
     def _arrays(state: dict[str, Tensor], fmt: StepFormat, param: Tensor) -> dict[str, Tensor]:
@@ -39,11 +41,12 @@ class CameBucket(Bucket):
         if self.fmt.rule == "came":
             return steps, tensor_numbers(steps, None, hyper, self.fmt)
         stored = [arrays["lr_max"] for arrays in self.arrays]
-        lr_max = torch.cat(stored)
-        before = lr_max.clone()
-        numbers = tensor_numbers(steps, lr_max, hyper, self.fmt)
-        if not torch.equal(lr_max, before):
-            torch._foreach_copy_(stored, list(lr_max.split(1)))
+        if self._lr_max is None:  # read once: on a GPU every reading would wait for it
+            self._lr_max = torch.cat(stored).cpu()
+        before = self._lr_max.clone()
+        numbers = tensor_numbers(steps, self._lr_max, hyper, self.fmt)
+        if not torch.equal(self._lr_max, before):
+            torch._foreach_copy_(stored, list(self._lr_max.to(self.device).split(1)))
         return steps, numbers
 
     def _step_cpu(self, hyper: CameSettings) -> None:
@@ -53,7 +56,16 @@ class CameBucket(Bucket):
         cpu.step(self.table, self.fmt, hyper, numbers, param_dtype=self.param_dtype, grad_dtype=self.grad_dtype)
 
     def _step_gpu(self, hyper: CameSettings) -> None:
-        raise BackendUnavailable("came_8bit has no CUDA kernel yet; the PyTorch reference runs anywhere with fused=False")
+        from . import cuda
+
+        # step counts lie in host memory, where it must be known whether this step takes place
+        if hyper.found_inf is not None and bool(hyper.found_inf):
+            return
+        steps, numbers = self._prepare(hyper)
+        sides = [matrix_sides(param.shape) or (1, param.numel()) for param in self.params]
+        dtypes = {"param_dtype": self.param_dtype, "grad_dtype": self.grad_dtype}
+        cuda.step(self.table.on_device(), sides, steps, self.fmt, hyper, numbers, **dtypes)
+        torch._foreach_add_([state["step"] for state in self.states], 1)
 
     def _step_reference(self, hyper: CameSettings, grads: Sequence[Tensor]) -> None:
         steps, numbers = self._prepare(hyper)

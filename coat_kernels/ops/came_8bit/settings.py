@@ -156,7 +156,8 @@ class CameSettings:
         weight_decay: decoupled.
         maximize: ascend.
         grad_scale, found_inf: as `torch.amp.GradScaler` gives them.
-        grad_l1: sum of |g| over the param group, g after division by grad_scale; infinity switches that rule off for the step.
+        grad_l1: sum of |g| over the param group, g after division by grad_scale, a float or a 0-dim tensor; infinity switches that rule
+            off for the step.
         min_lr, max_lr, lr_bump: bounds of the learning rate mask and what one agreement of signs moves it by.
         beta1_decay: beta1 of step t in the phases "middle" and "late" is max(beta1 · beta1_decay^t, 0.4).
         adaptation_rate: of the torque's moving average.
@@ -177,7 +178,7 @@ class CameSettings:
     maximize: bool = False
     grad_scale: Tensor | None = None
     found_inf: Tensor | None = None
-    grad_l1: float = math.inf
+    grad_l1: float | Tensor = math.inf
     min_lr: float = 1e-7
     max_lr: float = 1e-3
     lr_bump: float = 3e-6

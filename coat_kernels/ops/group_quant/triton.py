@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
@@ -9,7 +11,7 @@ from torch import Tensor
 
 from ...formats import num_groups
 from ...formats.codecs import Codec
-from ...formats.triton import decode_checked, encode_checked
+from ...formats.triton import code_offset, decode_checked, encode_checked, load_codes, store_codes
 from ...formats.triton_launch import device_guard, instruction_set, signed32, tl_dtype
 from ...formats.triton_params import to_dtype, to_float32
 
@@ -21,7 +23,7 @@ _NUM_WARPS = 4
 @triton.jit(do_not_specialize=["key"])
 def quantize_kernel(
     x_ptr,  # float [n]
-    codes_ptr,  # uint8 [n]
+    codes_ptr,  # uint8 of `Codec.codes_shape`
     amax_ptr,  # float32 [ceil(n / G)]
     k16_ptr,  # uint8 [ceil(n / G)]
     n,
@@ -41,14 +43,14 @@ def quantize_kernel(
     mask = offsets < left
     x = to_float32(tl.load(x_ptr + group * G + offsets, mask=mask, other=0.0))
     codes, amax, k16 = encode_checked(x, key.to(tl.uint32), group * G, offsets, CODEC, SIGNED, STOCHASTIC, ISA)
-    tl.store(codes_ptr + group * G + offsets, codes, mask=mask)
+    store_codes(codes_ptr + code_offset(group * G, CODEC), codes, left, G, ROWS, True, CODEC)
     tl.store(amax_ptr + group + rows, amax, mask=rows * G < left)
     tl.store(k16_ptr + group + rows, k16.to(tl.uint8), mask=rows * G < left)
 
 
 @triton.jit
 def dequantize_kernel(
-    codes_ptr,  # uint8 [n]
+    codes_ptr,  # uint8 of `Codec.codes_shape`
     amax_ptr,  # float32 [ceil(n / G)]
     k16_ptr,  # uint8 [ceil(n / G)]
     out_ptr,  # float [n]
@@ -65,7 +67,7 @@ def dequantize_kernel(
     offsets = rows[:, None] * G + tl.arange(0, G)[None, :]
     left = n - group * G
     mask = offsets < left
-    codes = tl.load(codes_ptr + group * G + offsets, mask=mask, other=0)
+    codes = load_codes(codes_ptr + code_offset(group * G, CODEC), left, G, ROWS, True, CODEC)
     amax = tl.load(amax_ptr + group + rows, mask=rows * G < left, other=0.0)
     k16 = tl.load(k16_ptr + group + rows, mask=rows * G < left, other=16).to(tl.int32)
     values = decode_checked(codes, amax, k16, CODEC, ISA)
@@ -73,14 +75,14 @@ def dequantize_kernel(
 
 
 def quantize_group(x: Tensor, codec: Codec, group_size: int, signed: bool, rounding: str, key: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Codes uint8 of x's shape, amax float32 [n_groups], k16 uint8 [n_groups] of contiguous `x` (float32, bfloat16, float16).
+    """Codes uint8 of `codec.codes_shape(x.shape)`, amax float32 and k16 uint8 [n_groups] of contiguous `x` (float32, bfloat16, float16).
 
     Args:
         codec: a quantized codec.
         key: of the generator behind rounding="stochastic".
     """
     groups = num_groups(x.numel(), group_size)
-    codes = torch.empty(x.shape, dtype=torch.uint8, device=x.device)
+    codes = torch.empty(codec.codes_shape(x.shape), dtype=torch.uint8, device=x.device)
     amax = torch.empty(groups, dtype=torch.float32, device=x.device)
     k16 = torch.empty(groups, dtype=torch.uint8, device=x.device)
     if groups:
@@ -104,10 +106,12 @@ def quantize_group(x: Tensor, codec: Codec, group_size: int, signed: bool, round
     return codes, amax, k16
 
 
-def dequantize_group(codes: Tensor, amax: Tensor, k16: Tensor, codec: Codec, group_size: int, dtype: torch.dtype) -> Tensor:
-    """Values of contiguous `codes` (uint8, any shape) with `amax` and `k16` [n_groups], as `dtype`."""
-    out = torch.empty(codes.shape, dtype=dtype, device=codes.device)
-    groups = num_groups(codes.numel(), group_size)
+def dequantize_group(
+    codes: Tensor, amax: Tensor, k16: Tensor, codec: Codec, group_size: int, dtype: torch.dtype, shape: Sequence[int]
+) -> Tensor:
+    """Values in `shape` of contiguous `codes` (uint8 of `codec.codes_shape(shape)`) with `amax` and `k16` [n_groups], as `dtype`."""
+    out = torch.empty(shape, dtype=dtype, device=codes.device)
+    groups = num_groups(out.numel(), group_size)
     if groups:
         rows = _TILE // group_size
         with device_guard(codes):
@@ -116,7 +120,7 @@ def dequantize_group(codes: Tensor, amax: Tensor, k16: Tensor, codec: Codec, gro
                 amax,
                 k16,
                 out,
-                codes.numel(),
+                out.numel(),
                 CODEC=codec.index,
                 DTYPE=tl_dtype(dtype),
                 G=group_size,

@@ -11,6 +11,7 @@ from coat_kernels.formats.random import stream_key
 from coat_kernels.formats.reference import decode_group, encode_group
 from coat_kernels.ops.adamw_fp8 import AdamWFP8Bucket, Hyperparameters, StateFormat, StateLists, reference
 from coat_kernels.ops.adamw_fp8 import triton as kernel
+from tests.codes import places
 
 E4M3, LOG8, FLOAT32 = CODECS["e4m3_expand"], CODECS["log8"], CODECS["float32"]
 HYPER = Hyperparameters(lr=1e-2, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.01)
@@ -20,8 +21,8 @@ def fresh_state(params: list[Tensor], fmt: StateFormat) -> StateLists:
     state = StateLists(indices=list(range(len(params))))
     for p in params:
         groups = num_groups(p.numel(), fmt.group_size)
-        state.exp_avgs.append(torch.zeros(p.shape, dtype=torch.uint8 if fmt.exp_avg.quantized else torch.float32))
-        state.exp_avg_sqs.append(torch.zeros(p.shape, dtype=torch.uint8 if fmt.exp_avg_sq.quantized else torch.float32))
+        state.exp_avgs.append(torch.zeros(fmt.exp_avg.codes_shape(p.shape), dtype=fmt.exp_avg.array_dtype))
+        state.exp_avg_sqs.append(torch.zeros(fmt.exp_avg_sq.codes_shape(p.shape), dtype=fmt.exp_avg_sq.array_dtype))
         state.amaxs.append(torch.zeros(groups, 2))
         state.k16s.append(torch.tensor([16, 1 if fmt.exp_avg_sq is LOG8 else 16], dtype=torch.uint8).repeat(groups, 1))
         state.steps.append(torch.zeros(()))
@@ -64,12 +65,18 @@ def compare_with_reference(
             step=int(after.steps[i]), index=i, fmt=fmt, hyper=hyper, dtype=torch.float64,
         )  # fmt: skip
         p, m, v, amax, k16, _ = want
-        # float32 rounding of the step and 4e-6 of the decoded moments, which the update sees in proportion to lr
-        tolerance = 1e-6 * p.float().abs() + 3e-6 * hyper.lr
+        # float32 rounding of the step and 4e-6 of the decoded moments, which the update sees in proportion to lr, or to itself: a second
+        # moment of seven magnitudes makes updates of many lr
+        tolerance = 1e-6 * p.float().abs() + 3e-6 * hyper.lr + 6e-6 * (p.float() - old[i].float()).abs()
         if params[i].dtype != torch.float32:
             tolerance = tolerance + p.float().abs() * torch.finfo(p.dtype).eps
         assert bool(((params[i].float() - p.float()).abs() <= tolerance).all())
         for codec, got, expected, column in ((fmt.exp_avg, after.exp_avgs[i], m, 0), (fmt.exp_avg_sq, after.exp_avg_sqs[i], v, 1)):
+            if codec.array_dtype == torch.bfloat16:
+                # a float32 result on the other side of a rounding boundary, which 16-bit gradients often lie at
+                assert int((got != expected).sum()) <= 0.01 * got.numel()
+                torch.testing.assert_close(got, expected, rtol=2**-7, atol=1e-6 * float(grad.float().abs().max()))
+                continue
             if not codec.quantized:
                 # the sum of old moment and gradient may cancel: rounding counts against its terms
                 assert bool(((got - expected).abs() <= 1e-6 * (expected.abs() + grad.float().abs())).all())
@@ -78,8 +85,9 @@ def compare_with_reference(
             torch.testing.assert_close(after.amaxs[i][:, column], amax[:, column], rtol=5e-6, atol=0)
             step_off = (after.k16s[i][:, column].int() - k16[:, column].int()).abs()
             assert int(step_off.max(initial=0) if step_off.numel() == 0 else step_off.max()) <= 1
+            got, expected = places(got, codec, grad.shape), places(expected, codec, grad.shape)
             same_k = (step_off == 0).repeat_interleave(fmt.group_size)[: got.numel()]
-            off = (got.int() - expected.int()).abs()[same_k]
+            off = (got - expected).abs()[same_k]
             assert int(off.max()) <= 1 if off.numel() else True
             # README.md, "How far backends may differ"
             assert int((off > 0).sum()) <= max(2, 0.004 * off.numel())
@@ -91,7 +99,11 @@ def copies(state: StateLists) -> StateLists:
 
 
 @pytest.mark.parametrize(
-    "m, v", [(E4M3, E4M3), (E4M3, LOG8), (CODECS["e5m2_expand"], CODECS["e4m3"]), (FLOAT32, LOG8), (E4M3, FLOAT32), (FLOAT32, FLOAT32)],
+    "m, v", [
+        (E4M3, E4M3), (E4M3, LOG8), (CODECS["e5m2_expand"], CODECS["e4m3"]), (FLOAT32, LOG8), (E4M3, FLOAT32), (FLOAT32, FLOAT32),
+        (CODECS["softsign8"], LOG8), (CODECS["e2m1_expand"], CODECS["e2m1_expand"]), (CODECS["e2m1"], CODECS["bfloat16"]),
+        (CODECS["bfloat16"], CODECS["e2m1"]),
+    ],
     ids=lambda codec: codec.name,
 )  # fmt: skip
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -106,6 +118,19 @@ def test_steps_agree_with_the_reference(m: Codec, v: Codec, dtype: torch.dtype) 
         assert int(state.steps[0]) == t
         if t in (1, 2, 3, 10):
             compare_with_reference(params, old, grads, before, state, fmt, HYPER)
+
+
+@pytest.mark.parametrize("m, v", [("softsign8", "log8"), ("softsign8", "bfloat16"), ("e2m1_expand", "e2m1_expand"), ("bfloat16", "e2m1")])
+def test_codes_rounded_by_chance(m: str, v: str) -> None:
+    """Three whole tiles and an odd tail; the draws are the reference's."""
+    fmt = StateFormat(CODECS[m], CODECS[v], 64, "stochastic", "stochastic", seed=5)
+    params = [torch.randn(1603)]
+    state = fresh_state(params, fmt)
+    for t in range(1, 4):
+        grads = [gradients(1603, t)]
+        before, old = copies(state), [p.clone() for p in params]
+        step(params, grads, state, fmt)
+        compare_with_reference(params, old, grads, before, state, fmt, HYPER)
 
 
 @pytest.mark.parametrize("v", [E4M3, LOG8], ids=lambda codec: codec.name)
