@@ -24,8 +24,8 @@ class FP8QuantizationConfig:
         m2_format: "e4m3", "e5m2", "log8" (256 values uniform in log2, the most accurate in 8 bits), "e2m1" (4 bits), "bfloat16" or
             "float32".
         block_size: elements a group: 32, 64, 128 or 256.
-        use_dynamic_range_expansion: |x|^k per group before encoding e4m3, e5m2 and e2m1 (COAT, arXiv 2410.19313). It costs e2m1, which
-            has seven magnitudes, more than it gains where a group's values are of like size.
+        use_dynamic_range_expansion: |x|^k per group before encoding e4m3, e5m2 and e2m1 (COAT, arXiv 2410.19313). A first moment in
+            e2m1 is never expanded: seven magnitudes over many octaves put its updates off by 8.7 times their size, unexpanded by 0.37.
         m1_rounding: "nearest" or "stochastic".
         m2_rounding: the same; None means "stochastic" for log8 and bfloat16 (a slow moving average stalls otherwise), else "nearest".
 
@@ -59,17 +59,24 @@ class FP8QuantizationConfig:
                 raise ValueError(f"unknown {field} {getattr(self, field)!r}; choose 'nearest' or 'stochastic'")
         check_group_size(self.block_size)
 
+    @classmethod
+    def recommended(cls) -> FP8QuantizationConfig:
+        """`log8` for the second moment, the rest as COAT: the same bytes, and updates half as far from float32's (docs/codecs.md)."""
+        return cls(m2_format="log8")
+
     @property
     def exp_avg_codec(self) -> Codec:
-        return self._codec(self.m1_format) if self.use_fp8_m1 else get_codec("float32")
+        expand = self.use_dynamic_range_expansion and self.m1_format != "e2m1"
+        return _codec(self.m1_format, expand) if self.use_fp8_m1 else get_codec("float32")
 
     @property
     def exp_avg_sq_codec(self) -> Codec:
-        return self._codec(self.m2_format) if self.use_fp8_m2 else get_codec("float32")
-
-    def _codec(self, fmt: str) -> Codec:
-        return get_codec(codec_name(fmt, self.use_dynamic_range_expansion) if fmt in FORMATS else fmt)
+        return _codec(self.m2_format, self.use_dynamic_range_expansion) if self.use_fp8_m2 else get_codec("float32")
 
     @property
     def exp_avg_sq_rounding(self) -> str:
         return self.m2_rounding or ("stochastic" if self.m2_format in _STALLING else "nearest")
+
+
+def _codec(fmt: str, expand: bool) -> Codec:
+    return get_codec(codec_name(fmt, expand) if fmt in FORMATS else fmt)

@@ -14,7 +14,7 @@ from ..rows import read_jsonl, write_jsonl
 from . import measure, report
 from .recordings import Recording, language, lora, straddling, synthetic
 from .speed import speed_ratios
-from .stores import FIRST, SECOND
+from .stores import FIRST, GROUP_SIZES, SECOND
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -59,8 +59,7 @@ def measured_rows(progress: measure.Report) -> list[dict]:
 
 
 def speed_rows() -> list[dict]:
-    sizes = (64, 128, 256)
-    pairs = [(m, v, size) for m in FIRST for v in SECOND for size in sizes if m.offered(size) and v.offered(size)]
+    pairs = [(m, v, size) for m in FIRST for v in SECOND for size in GROUP_SIZES if m.offered(size) and v.offered(size)]
     ratios, other_cores = speed_ratios(pairs)
     return [
         {"kind": "speed", "m": m.name, "v": v.name, "group_size": size, "ratio": float(f"{ratio:.3g}"), "other_cores": other_cores}

@@ -215,7 +215,7 @@ void advance_momentum(Work& w, float clip) {
   constexpr bool codes = kTorque == Torque::kCodes;
   const float units = codes ? 127.0f : 1.0f;  // of 1 in a stored torque
   const double rest = 1 - static_cast<double>(w.row->beta1), emphasis = w.row->tail != nullptr ? job.low_rank_emphasis : 1.0;
-  const F most = set1(kMostByMoment), clip_by = set1(clip), beta = set1(w.row->beta1), one = set1(1.0f), minus_one = set1(-1.0f);
+  const F most = set1(kMostByMoment * clip), beta = set1(w.row->beta1), one = set1(1.0f), minus_one = set1(-1.0f);
   const F rate = set1(static_cast<float>(job.adaptation_rate) * units), past = set1(static_cast<float>(1 - job.adaptation_rate));
   const F share_at_0 = set1(static_cast<float>(rest / 2)), by_torque = set1(static_cast<float>(rest / 2 * emphasis / units));
   const F whole = set1(static_cast<float>(rest)), limit = set1(units);
@@ -228,14 +228,14 @@ void advance_momentum(Work& w, float clip) {
       const Tile line = row_of(tile, r);
       const float* const g = w.gradient + in_workspace(w, line);
       float* const m = w.momentum + in_workspace(w, line);
-      const F row_factor = set1(w.row_factor[line.row]);
+      const F row_factor = set1(w.row_factor[line.row] * clip);
       F squares = set1(0.0f);
       const Ahead history = ahead(w, line, w.row->edge_history, job.use_8bit ? 1 : 4);
       for (int j = 0; j < tile.width; j += kLanes) {
         history.fetch(j);
         const int64_t col = line.col + j;
         const int e = r * tile.width + j;
-        const F h = mul(mul(load(g + j), at_most(most, mul(row_factor, load(w.col_factor + col)))), clip_by);
+        const F h = mul(load(g + j), at_most(most, mul(row_factor, load(w.col_factor + col))));
         const F old = load(m + j);
         F share = whole;
         if (kTorque != Torque::kNone) {

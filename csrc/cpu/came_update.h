@@ -34,7 +34,8 @@ UpdateSums sum_update(Work& w) {
         const F grad = load(g + j), u = mul(load(m + j), at_most(most, mul(row_factor, load(w.col_factor + line.col + j))));
         squares = fma(u, u, squares);
         if (kEarly) {
-          const F size = abs(u), directed = choose(less(none, grad), size, keep_where(less(grad, none), sub(none, size)));
+          const I sign = and_(as_int(grad), set1(static_cast<int32_t>(~kAbsMask)));
+          const F directed = as_float(zero_where(no_bits(as_int(grad), set1(static_cast<int32_t>(kAbsMask))), xor_(as_int(abs(u)), sign)));
           other = fma(directed, directed, other);
           store(m + j, directed);
         } else {
@@ -251,8 +252,7 @@ void apply_update(Work& w, const Update& update) {
       const Tile line = row_of(tile, r);
       const float *const g = w.gradient + in_workspace(w, line), *const m = w.momentum + in_workspace(w, line);
       const float keep = kAmp && !kEarly ? w.row_keep[line.row] : 1.0f;
-      const F row_factor = set1(w.row_factor[line.row]), scale = set1(update.scale * keep);
-      const F by_update = set1(w.row->lr_factor * w.row_scale[line.row]);
+      const F row_factor = set1(w.row_factor[line.row]), by_update = set1(w.row->lr_factor * w.row_scale[line.row] * update.scale * keep);
       const Ahead next = ahead(w, line, w.row->next_grad, dtype_size(w.job->grad_dtype));
       for (int j = 0; j < tile.width; j += kLanes) {
         next.fetch(j);
@@ -260,7 +260,6 @@ void apply_update(Work& w, const Update& update) {
         F u = load(m + j);
         if (!kEarly) u = mul(u, at_most(most, mul(row_factor, load(w.col_factor + line.col + j))));
         if (kAmp && !kEarly) u = keep_where(less(none, mul(u, load(g + j))), u);
-        u = mul(u, scale);
         if (history) u = mul(u, load(factors + e));
         const F lr = kAmp ? load(lr_values + e) : one, old = load(p + e);
         store(p + e, fnma(mul(lr, by_update), u, fnma(mul(lr, by_decay), old, old)));

@@ -86,5 +86,9 @@ def test_config_chooses_codecs() -> None:
     assert FP8QuantizationConfig(use_fp8_m1=False).exp_avg_codec.name == "float32"
     small = FP8QuantizationConfig(m1_format="softsign8", m2_format="e2m1")
     assert (small.exp_avg_codec.name, small.exp_avg_sq_codec.name, small.exp_avg_sq_rounding) == ("softsign8", "e2m1_expand", "nearest")
+    four_bits = FP8QuantizationConfig(m1_format="e2m1", m2_format="e2m1")
+    assert (four_bits.exp_avg_codec.name, four_bits.exp_avg_sq_codec.name) == ("e2m1", "e2m1_expand")
+    recommended = FP8QuantizationConfig.recommended()
+    assert (recommended.exp_avg_codec.name, recommended.exp_avg_sq_codec.name, recommended.block_size) == ("e4m3_expand", "log8", 128)
     plain = FP8QuantizationConfig(m1_format="float32", m2_format="bfloat16")
     assert (plain.exp_avg_codec.name, plain.exp_avg_sq_codec.name, plain.exp_avg_sq_rounding) == ("float32", "bfloat16", "stochastic")

@@ -16,8 +16,8 @@ FLOAT32 = "balanced, float32 states"
 
 #: Learning rates of each entrant's sweep.
 LRS: dict[str, tuple[float, ...]] = {
-    REFERENCE: (3e-3, 6e-3, 1.2e-2, 2.4e-2),
-    **{profile: (3e-3, 6e-3, 1.2e-2, 2.4e-2) for profile in PROFILES},
+    REFERENCE: (3e-3, 6e-3, 1.2e-2, 2.4e-2, 4.8e-2),
+    **{profile: (3e-3, 6e-3, 1.2e-2, 2.4e-2, 4.8e-2) for profile in PROFILES},
 }
 
 

@@ -126,8 +126,8 @@ def plot(rows: list[dict], path: Path) -> None:
             window = max(1, len(mean) // 20)
             smooth = [statistics.mean(mean[max(0, k - window) : k + 1]) for k in range(len(mean))]
             right.plot(smooth, color=f"C{i}", label=f"{name}, lr {found[0]['case']['lr']:g}")
-    left.set(title=f"final validation loss, seed {SWEEP_SEED}", xlabel="learning rate", xscale="log", yscale="log")
-    right.set(title="training loss at the tuned learning rate, mean of the seeds", xlabel="step", yscale="log")
+    left.set(title=f"final validation loss, seed {SWEEP_SEED}", xlabel="learning rate", xscale="log")
+    right.set(title="training loss, mean of the seeds", xlabel="step", yscale="log")
     left.legend(fontsize=7)
     right.legend(fontsize=7)
     figure.savefig(path, dpi=130)

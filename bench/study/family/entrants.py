@@ -81,6 +81,6 @@ FAMILIES: dict[str, Family] = {
     # the usual exchange with AdamW: a fifth of the learning rate, five times the decay
     "Lion8bit": Family((2e-4, 4e-4, 8e-4, 1.6e-3, 3.2e-3), _plain("Lion8bit"), decay_factor=5.0),
     "CAME8bit": Family((2.5e-4, 5e-4, 1e-3, 2e-3), _plain("CAME8bit")),
-    "Muon8bit": Family((2e-3, 4e-3, 8e-3, 1.6e-2), _muon),
-    "AutomagicCameAMP": Family((1e-3, 2e-3, 4e-3, 8e-3), _cameamp),
+    "Muon8bit": Family((2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2), _muon),
+    "AutomagicCameAMP": Family((1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2), _cameamp),
 }

@@ -123,7 +123,7 @@ def plot(rows: list[dict], path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, len(WORKS), figsize=(5.5 * len(WORKS), 4), sharey=True, layout="constrained")
+    figure, axes = plt.subplots(1, len(WORKS), figsize=(5.5 * len(WORKS), 4), sharex=True, sharey=True, layout="constrained")
     entries = [entry for entry in summary(rows) if "relative" in entry]
     labels = list(dict.fromkeys(f"{entry['optimizer']} {entry['form']}" for entry in entries))
     for axis, work in zip(axes, WORKS, strict=True):

@@ -266,7 +266,7 @@ def _decode_kernel(
 def test_plain_decode_of_every_code(codec: Codec, top: float) -> None:
     # an expansion over 32 octaves is never written
     metadata = torch.arange(256).clamp(min(codec.range_q15 >> 20, 8) if codec.is_float else 1, 252)
-    codes = torch.arange(256).repeat(len(metadata)).to(torch.uint8) % (1 << codec.bits)
+    codes = (torch.arange(256) % (1 << codec.bits)).repeat(len(metadata)).to(torch.uint8)
     amax, k16 = torch.full((len(metadata),), top), metadata.to(torch.uint8)
     got, unit = torch.empty(codes.shape), torch.empty(amax.shape)
     irregular = torch.empty(len(amax), dtype=torch.int32)
