@@ -59,10 +59,10 @@ class Moment:
         return parts
 
     def encode(self, value: Tensor) -> dict[str, Tensor]:
-        """Suffix -> array of float32 `value`, rounded to nearest."""
+        """Suffix -> array of float32 `value`, rounded to nearest; a second moment that is not zero does not become zero."""
         if self.codec.blockwise:
-            arrays = torch.ops.coat_kernels.quantize_blockwise(value, self.group_size, self.signed)
-            return dict(zip(("", "_absmax"), arrays, strict=True))
+            codes, absmax = torch.ops.coat_kernels.quantize_blockwise(value, self.group_size, self.signed)
+            return {"": codes if self.signed else codes.clamp_(min=(value > 0).to(codes.dtype)), "_absmax": absmax}
         if self.codec.quantized:
             arrays = torch.ops.coat_kernels.quantize_group(value, self.codec.name, self.group_size, self.signed, "nearest", 0)
             return dict(zip(("", "_amax", "_k16"), arrays, strict=True))

@@ -166,3 +166,17 @@ def test_adamw_in_and_out() -> None:
                 torch.testing.assert_close(back.state[q][key], value, rtol=8e-3, atol=0)
             elif not value.dtype.is_floating_point:
                 assert (back.state[q][key].int() - value.int()).abs().max() <= 2
+
+
+def test_no_second_moment_becomes_zero_on_the_way_in() -> None:
+    weight = nn.Parameter(torch.zeros(4096))
+    adamw = torch.optim.AdamW([weight])
+    weight.grad = torch.ones(4096)
+    adamw.step()
+    # 12 octaves under the least entry of the map
+    adamw.state[weight]["exp_avg_sq"][1:] = 1e-14
+    adamw.state[weight]["exp_avg_sq"][0] = 1.0
+    optimizer = AdamW8bit([weight])
+    optimizer.load_state_dict(adamw.state_dict())
+    codes = optimizer.state[weight]["exp_avg_sq"]
+    assert codes[0] == 255 and (codes[1:256] == 1).all()
