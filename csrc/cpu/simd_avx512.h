@@ -74,9 +74,7 @@ COAT_SIMD_INLINE I lookup_where(M m, Table16 t, I index, I otherwise) {
 }
 
 // table[index] of a table in memory. Into zeros: a gather without them waits for the last use of the register it lands in.
-COAT_SIMD_INLINE F gather(const float* table, I index) {
-  return _mm512_mask_i32gather_ps(_mm512_setzero_ps(), 0xFFFF, index, table, 4);
-}
+COAT_SIMD_INLINE F gather(const float* table, I index) { return _mm512_mask_i32gather_ps(_mm512_setzero_ps(), 0xFFFF, index, table, 4); }
 COAT_SIMD_INLINE I gather(const uint32_t* table, I index) {
   return _mm512_mask_i32gather_epi32(_mm512_setzero_si512(), 0xFFFF, index, table, 4);
 }
