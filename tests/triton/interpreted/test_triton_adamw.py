@@ -284,7 +284,8 @@ def test_tensor_lr_grad_scale_and_maximize() -> None:
     step(plain, [g], fresh_state(plain, fmt), fmt, Hyperparameters(1e-2, 0.9, 0.999, 1e-8, 0.01))
     hyper = Hyperparameters(torch.tensor(1e-2), 0.9, 0.999, 1e-8, 0.01, maximize=True, grad_scale=torch.tensor([1024.0]))
     step(other, [-g * 1024], fresh_state(other, fmt), fmt, hyper)
-    torch.testing.assert_close(plain[0], other[0], rtol=1e-7, atol=1e-6 * 1e-2)
+    # a tensor holds lr in float32, a number in double: the step may differ by a last bit, and with it the parameter (1.2e-7)
+    torch.testing.assert_close(plain[0], other[0], rtol=1.3e-7, atol=1e-6 * 1e-2)
 
 
 @pytest.mark.parametrize("hyper", [Hyperparameters(0.0, 0.9, 0.999, 1e-8, 0.01), Hyperparameters(torch.tensor(0.0), 0.9, 0.999, 1e-8, 0.1)])
