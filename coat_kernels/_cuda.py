@@ -127,9 +127,16 @@ def _function(kernel: Kernel, device: int) -> tuple[ctypes.c_void_p, int]:
 
 @cache
 def _module(source: str, device: int) -> ctypes.c_void_p:
-    fatbin = _FATBINS / f"{source}.fatbin"
-    image = fatbin.read_bytes() if fatbin.exists() else compiled(source, torch.cuda.get_device_capability(device))
-    module = ctypes.c_void_p()
+    fatbin, module = _FATBINS / f"{source}.fatbin", ctypes.c_void_p()
+    if fatbin.exists():
+        status = _driver().cuModuleLoadData(ctypes.byref(module), fatbin.read_bytes())
+        if status == 0:
+            return module
+        if _SOURCES is None or _nvrtc() is None:
+            _check(status, f"load the compiled kernels of {source}")
+        # built by a CUDA newer than the driver: torch's own compiler fits the driver that torch runs on
+        _log.warning("the driver does not take the compiled kernels of %s (error %d); NVRTC compiles them now", source, status)
+    image = compiled(source, torch.cuda.get_device_capability(device))
     _check(_driver().cuModuleLoadData(ctypes.byref(module), image), f"load the kernels of {source}")
     return module
 
@@ -164,7 +171,7 @@ def compiled(source: str, capability: tuple[int, int]) -> bytes:
 
 
 def _cache_directory() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "coat_kernels")
+    return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "coat_kernels")
 
 
 @lru_cache

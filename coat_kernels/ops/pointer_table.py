@@ -65,17 +65,22 @@ class PointerTable:
         Under CUDA graph capture the upload becomes part of the graph: its pinned source is then kept as it is, and the
         copy is not trusted outside the graph, which may never be replayed.
         """
-        if self._uploaded is not None:
+        # the table's device, not the current one: its stream is the one that copies, and that the event must follow
+        with torch.cuda.device(self.device):
+            capturing = torch.cuda.is_current_stream_capturing()
+            if self._uploaded is not None:
+                if capturing:
+                    self._captured.append(self._uploaded)  # the graph reads this copy at every replay
+                return self._uploaded
+            if capturing:
+                self._captured.append(self.host.clone().pin_memory())
+                return self._captured[-1].to(self.device, non_blocking=True)
+            staged = self._staging().copy_(self.host)
+            self._uploaded = staged.to(self.device, non_blocking=True)
+            event = torch.cuda.Event()
+            event.record()
+            self._in_flight.append((event, staged))
             return self._uploaded
-        if torch.cuda.is_current_stream_capturing():
-            self._captured.append(self.host.clone().pin_memory())
-            return self._captured[-1].to(self.device, non_blocking=True)
-        staged = self._staging().copy_(self.host)
-        self._uploaded = staged.to(self.device, non_blocking=True)
-        event = torch.cuda.Event()
-        event.record()
-        self._in_flight.append((event, staged))
-        return self._uploaded
 
     def _staging(self) -> Tensor:
         """A pinned copy that no upload still reads: the oldest of the ring if its upload is done, else a new one."""

@@ -87,8 +87,6 @@ class StepFormat:
 
     #: Step counts live in host memory: for steps whose launches depend on them.
     steps_on_host: ClassVar[bool] = False
-    #: 0-dim float32 values in host memory that the state holds beside its arrays.
-    host_scalars: ClassVar[tuple[str, ...]] = ()
 
     @property
     def moments(self) -> tuple[Moment, ...]:

@@ -15,6 +15,8 @@ from ._base import LowBitOptimizer
 class LowBitAdamW(LowBitOptimizer):
     """Base of `FP8AdamW` and `AdamW8bit`; arguments as documented there."""
 
+    _family = "adamw"
+
     _settings: ClassVar[tuple[str, ...]] = ("param_rounding", "min_quant_numel", "seed")
 
     def __init__(
@@ -58,7 +60,10 @@ class LowBitAdamW(LowBitOptimizer):
         super().__init__(params, defaults)
 
     def export_adamw_state_dict(self) -> dict[str, Any]:
-        """The state decoded to float32, as a dictionary that `torch.optim.AdamW.load_state_dict` reads."""
+        """The state decoded to float32, as a dictionary that `torch.optim.AdamW.load_state_dict` reads.
+
+        Residuals of param_rounding="split" stay behind: torch goes on from the 16-bit weights.
+        """
         return _state_dict.export_adamw(self)
 
 
@@ -75,7 +80,7 @@ def check_lr(lr: float | Tensor, *, foreach: bool | None, capturable: bool) -> N
 
 def check_betas(name: str, betas: Any, count: int, *, foreach: bool | None = None, capturable: bool = False) -> None:
     """`count` decay rates in [0, 1), floats: with torch's messages where it has one."""
-    if len(betas) != count:
+    if not isinstance(betas, (tuple, list)) or len(betas) != count:
         raise ValueError(f"betas must be {count} numbers, got {betas!r}")
     for i, beta in enumerate(betas):
         if not 0.0 <= beta < 1.0:
@@ -86,6 +91,12 @@ def check_betas(name: str, betas: Any, count: int, *, foreach: bool | None = Non
     if any(tensors):
         where = "capturable=False and foreach=True" if foreach and not capturable else name
         raise ValueError(f"betas[0] as a Tensor is not supported for {where}: the kernels take betas as numbers; pass floats")
+
+
+def check_eps(eps: Any, count: int) -> None:
+    """`count` numbers of 0 or more: optimizers with several constants take them together."""
+    if not isinstance(eps, (tuple, list)) or len(eps) != count or not all(x >= 0 for x in eps):
+        raise ValueError(f"eps must be a tuple of {count} numbers of 0 or more, got {eps!r}")
 
 
 def check_weight_decay(weight_decay: float) -> None:

@@ -37,6 +37,8 @@ class LowBitOptimizer(Optimizer):
 
     #: Attributes that a pickled or copied optimizer keeps.
     _settings: ClassVar[tuple[str, ...]] = ()
+    #: Optimizers of one family read each other's states.
+    _family: ClassVar[str]
     #: The fused step.
     _bucket_type: ClassVar[type[Bucket]]
 
@@ -58,10 +60,6 @@ class LowBitOptimizer(Optimizer):
     def _hyperparameters(self, group: dict[str, Any], grads: list[Any]) -> Any:
         """The numbers of one step of a param group; `grads` are the gradients of its parameters (None where there is none)."""
 
-    def _phase(self, params: list[Tensor]) -> Any:
-        """What formats and launches depend on beside the parameters; a change makes new launches before the next step."""
-        return None
-
     # ---- parameters and groups
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -69,7 +67,7 @@ class LowBitOptimizer(Optimizer):
         super().add_param_group(param_group)
         try:
             self._check_group(self.param_groups[-1])
-        except (TypeError, ValueError, RuntimeError):
+        except Exception:
             self.param_groups.pop()
             raise
         self._plans.clear()
@@ -134,7 +132,7 @@ class LowBitOptimizer(Optimizer):
     def _run(self, key: Any, group: dict[str, Any], params: list[Tensor]) -> None:
         grads = gradients(params)
         plan = self._plans.get(key)
-        if plan is None or not plan.prepare(params, grads, self._phase(params)):
+        if plan is None or not plan.prepare(params, grads):
             plan = self._plans[key] = self._build_plan(group, params, grads)
         plan.run(params, grads, self._hyperparameters(group, grads))
 
@@ -166,7 +164,7 @@ class LowBitOptimizer(Optimizer):
                     use_reference=use_reference,
                 )
             )
-        return Plan(params, grads, launches, self._phase(params))
+        return Plan(params, grads, launches)
 
     def _check_gradient(self, param: Tensor, grad: Tensor, group: dict[str, Any]) -> None:
         name = type(self).__name__
@@ -185,10 +183,9 @@ class LowBitOptimizer(Optimizer):
         fresh = [p for p in params if "step" not in self.state[p]]
         for param, state in zip(fresh, allocate([local(p).shape for p in fresh], fmt, device), strict=True):
             self.state[param].update(state)
-        on_host = {*fmt.host_scalars, "step"} if fmt.steps_on_host else set(fmt.host_scalars)
         for param in params:
             for key, value in self.state[param].items():
-                if isinstance(value, Tensor) and value.device != device and key not in on_host:
+                if isinstance(value, Tensor) and value.device != device and not (key == "step" and fmt.steps_on_host):
                     raise ValueError(
                         f"state {key!r} is on {value.device} and its parameter on {device}; move both, or move the model before making "
                         "the optimizer and load the state dict afterwards"
@@ -246,7 +243,7 @@ class LowBitOptimizer(Optimizer):
             held = local(param).numel()
             parameters += held
             quantized += held if all(moment.codec.quantized for moment in fmt.moments) else 0
-            total += sum(value.nbytes for key, value in state.items() if key not in ("step", *fmt.host_scalars))
+            total += sum(value.nbytes for key, value in state.items() if key != "step")
         return {
             "parameters": parameters,
             "quantized_parameters": quantized,

@@ -5,6 +5,7 @@ Its `state1`, `absmax1`, `qmap1` (and 2) are our `exp_avg`, `exp_avg_absmax` and
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 from itertools import chain
 from typing import TYPE_CHECKING, Any
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.optim import Optimizer
 
-from ..formats import get_codec
+from ..formats import get_codec, num_groups
 from ..formats.dynamic8 import qmap
 from ._plan import local
 
@@ -37,9 +38,22 @@ def translate(state_dict: dict[str, Any]) -> dict[str, Any]:
     states = {number: _unwrapped(state) for number, state in state_dict["state"].items()}
     if not any("state1" in state for state in states.values()):
         return state_dict
-    described = {"version": 1, "optimizer": NAME, "exp_avg": "dynamic8", "exp_avg_sq": "dynamic8", "group_size": _BLOCK_SIZE}
+    described = {
+        **{"version": 1, "optimizer": NAME, "exp_avg": "dynamic8", "exp_avg_sq": "dynamic8"},
+        "family": "adamw" if any("state2" in state for state in states.values()) else "lion",
+        "group_size": _block_size(states.values()),
+    }
     groups = [{**{k: v for k, v in group.items() if k in _GROUP_KEYS}, "state_format": described} for group in state_dict["param_groups"]]
     return {"state": {number: _read(number, state) for number, state in states.items()}, "param_groups": groups}
+
+
+def _block_size(states: Iterable[dict[str, Any]]) -> int:
+    """The size that explains all scales: 256, or the 2048 of releases before 0.44."""
+    counts = [(state["state1"].numel(), state["absmax1"].numel()) for state in states if "absmax1" in state]
+    for size in (_BLOCK_SIZE, 2048):
+        if all(num_groups(numel, size) == scales for numel, scales in counts):
+            return size
+    return _BLOCK_SIZE
 
 
 def _unwrapped(state: dict[str, Any]) -> dict[str, Any]:
@@ -66,7 +80,10 @@ def _read(number: Any, state: dict[str, Any]) -> dict[str, Any]:
 
 
 def export(optimizer: LowBitOptimizer) -> dict[str, Any]:
-    """The optimizer's state as the bitsandbytes class of the same rule reads it; other block sizes are encoded anew."""
+    """The optimizer's state as the bitsandbytes class of the same rule reads it; other block sizes are encoded anew.
+
+    Residuals of param_rounding="split" stay behind: bitsandbytes goes on from the 16-bit weights.
+    """
     packed = Optimizer.state_dict(optimizer)
     params = list(chain.from_iterable(group["params"] for group in optimizer.param_groups))
     states: dict[Any, Any] = {}

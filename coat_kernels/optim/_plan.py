@@ -86,21 +86,15 @@ class Plan:
     Gradients are known by identity and address alone: holding them would keep their memory through the next forward pass.
     """
 
-    def __init__(self, params: list[Tensor], grads: list[Any], launches: list[Launch], phase: Any) -> None:
+    def __init__(self, params: list[Tensor], grads: list[Any], launches: list[Launch]) -> None:
         self.launches = launches
-        self._phase = phase
         self._param_addresses = list(map(Tensor.data_ptr, params))
         self._grad_ids = list(map(id, grads))
         self._present = [g is not None for g in grads]
         self._signatures = [_signature(launch.pick(grads)) for launch in launches]
 
-    def prepare(self, params: list[Tensor], grads: list[Any], phase: Any) -> bool:
-        """Point the launches at these gradients; False if new launches must be made.
-
-        `phase` is what the optimizer's formats depend on beside the parameters; launches of another phase do not serve.
-        """
-        if phase != self._phase:
-            return False
+    def prepare(self, params: list[Tensor], grads: list[Any]) -> bool:
+        """Point the launches at these gradients; False if new launches must be made."""
         if len(params) != len(self._param_addresses) or list(map(Tensor.data_ptr, params)) != self._param_addresses:
             return False
         if any(launch.states_moved for launch in self.launches):

@@ -68,7 +68,7 @@ def _own(value: Any) -> Any:
 
 
 def _describe(optimizer: LowBitOptimizer, group: dict[str, Any]) -> dict[str, Any]:
-    described: dict[str, Any] = {"version": VERSION, "optimizer": type(optimizer).__name__}
+    described: dict[str, Any] = {"version": VERSION, "optimizer": type(optimizer).__name__, "family": optimizer._family}
     formats = (optimizer._state_format(param, optimizer._step_count(param)) for param in group["params"])
     quantized = next((fmt for fmt in formats if fmt.quantized), None)
     return described if quantized is None else described | quantized.describe()
@@ -98,6 +98,13 @@ def load(optimizer: LowBitOptimizer, state_dict: dict[str, Any]) -> None:
         state_dict = hook(optimizer, state_dict) or state_dict
     _check_structure(optimizer, state_dict)
     state_dict = _bitsandbytes.translate(state_dict)
+    for packed in state_dict["param_groups"]:
+        described = packed.get(FORMAT_KEY, {})
+        if described.get("family", optimizer._family) != optimizer._family:
+            raise ValueError(
+                f"the state dict is of {described['optimizer']}, whose states {type(optimizer).__name__} cannot go on from; "
+                "load it into the optimizer that saved it, or start afresh"
+            )
 
     saved_groups = state_dict["param_groups"]
     owners = {
@@ -115,6 +122,8 @@ def load(optimizer: LowBitOptimizer, state_dict: dict[str, Any]) -> None:
         if saved
     }
     groups = [_read_group(live, saved) for live, saved in zip(optimizer.param_groups, saved_groups, strict=True)]
+    for group in groups:
+        optimizer._check_group(group)
 
     optimizer.__setstate__({"state": defaultdict(dict, states), "param_groups": groups})
     for change, count in converted.items():

@@ -25,7 +25,7 @@ def allocate(shapes: Sequence[torch.Size], fmt: StepFormat, device: torch.device
     states: list[dict[str, Tensor]] = []
     offset = 0
     for row, arrays in enumerate(declared):
-        state = {"step": steps[row], **{name: torch.zeros(()) for name in fmt.host_scalars}}
+        state = {"step": steps[row]}
         for array, size in zip(arrays, sizes[row], strict=True):
             tensor = arena[offset : offset + size].view(array.dtype).view(array.shape)
             offset += -(-size // _ALIGN) * _ALIGN

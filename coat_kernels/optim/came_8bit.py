@@ -9,7 +9,7 @@ from torch import Tensor
 from ..formats.dynamic8 import check_block_size
 from ..ops.adamw_fp8 import storage_rounding
 from ..ops.came_8bit import CameBucket, CameFormat, CameSettings
-from ._adam import check_betas, check_lr, check_min_quant_numel, check_weight_decay
+from ._adam import check_betas, check_eps, check_lr, check_min_quant_numel, check_weight_decay
 from ._base import LowBitOptimizer
 
 
@@ -78,6 +78,7 @@ class CAME8bit(CameOptimizer):
         ValueError, TypeError, RuntimeError: at construction or at the first step, for what is not supported.
     """
 
+    _family = "came"
     _settings: ClassVar[tuple[str, ...]] = (*CameOptimizer._settings, "min_quant_numel")
 
     def __init__(
@@ -104,8 +105,8 @@ class CAME8bit(CameOptimizer):
         self._set_storage(block_size, param_rounding, seed)
         defaults = {
             "lr": lr,
-            "betas": tuple(betas),
-            "eps": tuple(eps),
+            "betas": betas,
+            "eps": eps,
             "clip_threshold": clip_threshold,
             "weight_decay": weight_decay,
             "maximize": maximize,
@@ -117,8 +118,7 @@ class CAME8bit(CameOptimizer):
         super().__init__(params, defaults)
 
     def _check_group(self, group: dict[str, Any]) -> None:
-        if len(group["eps"]) != 2 or not all(x >= 0 for x in group["eps"]):
-            raise ValueError(f"eps must be two numbers of 0 or more, got {group['eps']!r}")
+        check_eps(group["eps"], 2)
         if not group["clip_threshold"] > 0:
             raise ValueError(f"Invalid clip_threshold value: {group['clip_threshold']}; it must be above 0")
         super()._check_group(group)

@@ -56,6 +56,7 @@ class Automagic_CameAMP_Improved_8Bit(CameOptimizer):
         ValueError: an unknown profile, a number out of range, an option that is not offered.
     """
 
+    _family = "cameamp"
     _settings: ClassVar[tuple[str, ...]] = (*CameOptimizer._settings, "config")
     #: The profile of the classes that stand for one.
     _profile: ClassVar[str | None] = None

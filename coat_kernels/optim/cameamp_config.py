@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass, fields
 from typing import Any
 
+from ._adam import check_eps
 from ._names import check_names, nearest
 
 #: What each profile sets; nothing else, and never lr.
@@ -179,8 +180,7 @@ def check_numbers(values: dict[str, Any]) -> None:
                 raise ValueError(f"Invalid {name} value: {values[name]}; it must be {words}")
     if values["max_lr"] < values["min_lr"]:
         raise ValueError(f"max_lr={values['max_lr']} lies below min_lr={values['min_lr']}; the learning rate mask has no room")
-    if len(values["eps"]) != 3 or not all(x >= 0 for x in values["eps"]):
-        raise ValueError(f"eps must be three numbers of 0 or more, got {values['eps']!r}")
+    check_eps(values["eps"], 3)
 
 
 def profile_settings(profile: str | None) -> dict[str, Any]:

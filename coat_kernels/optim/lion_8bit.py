@@ -29,7 +29,7 @@ class Lion8bit(BlockwiseOptimizer):
         ValueError, TypeError, RuntimeError: at construction or at the first step, for what is not supported.
     """
 
-    _rule = "lion"
+    _family = _rule = "lion"
 
     def __init__(
         self,

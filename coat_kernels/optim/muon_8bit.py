@@ -66,8 +66,8 @@ class _MuonBucket(Step8bitBucket):
         super().step(hyper.momentum, grads)
         self.params = ()
         # where a GPU skips the step the buffer stays zero, and so does the update; the decay must stop too
-        lr = hyper.lr.reshape(()) if isinstance(hyper.lr, Tensor) else hyper.lr
-        lr = lr if found_inf is None else lr * (1 - found_inf.reshape(()))
+        lr = hyper.lr.reshape(()).to(self.device) if isinstance(hyper.lr, Tensor) else hyper.lr
+        lr = lr if found_inf is None else lr * (1 - found_inf.reshape(()).to(self.device))
         by_shape: dict[tuple[int, ...], list[int]] = {}
         for i, weight in enumerate(self.weights):
             by_shape.setdefault(tuple(weight.shape), []).append(i)
@@ -110,6 +110,7 @@ class Muon8bit(BlockwiseOptimizer):
         ValueError, TypeError, RuntimeError: at construction or at the first step, for what is not supported.
     """
 
+    _family = "muon"
     _rule = "momentum"
     _bucket_type = _MuonBucket
 
@@ -135,14 +136,6 @@ class Muon8bit(BlockwiseOptimizer):
     ) -> None:
         check_lr(lr, foreach=foreach, capturable=capturable)
         check_weight_decay(weight_decay)
-        if not 0.0 <= momentum < 1.0:
-            raise ValueError(f"momentum should be in [0, 1) but is: {momentum}")
-        if len(ns_coefficients) != 3:
-            raise ValueError(f"ns_coefficients must be 3 numbers, got {ns_coefficients!r}")
-        if not 1 <= ns_steps < 100:
-            raise ValueError(f"ns_steps must be 1 to 99, got {ns_steps}")
-        if adjust_lr_fn not in LR_ADJUSTMENTS:
-            raise ValueError(f"Adjust learning rate function {adjust_lr_fn!r} is not supported; choose one of {LR_ADJUSTMENTS}")
         self._set_block_size(block_size)
         self.param_rounding = "nearest"
         self.min_quant_numel = check_min_quant_numel(min_quant_numel)
@@ -165,6 +158,15 @@ class Muon8bit(BlockwiseOptimizer):
         super().__init__(params, defaults)
 
     def _check_group(self, group: dict[str, Any]) -> None:
+        if not 0.0 <= group["momentum"] < 1.0:
+            raise ValueError(f"momentum should be in [0, 1) but is: {group['momentum']}")
+        if len(group["ns_coefficients"]) != 3:
+            raise ValueError(f"ns_coefficients must be 3 numbers, got {group['ns_coefficients']!r}")
+        if not 1 <= group["ns_steps"] < 100:
+            raise ValueError(f"ns_steps must be 1 to 99, got {group['ns_steps']}")
+        if group["adjust_lr_fn"] not in LR_ADJUSTMENTS:
+            name = group["adjust_lr_fn"]
+            raise ValueError(f"Adjust learning rate function {name!r} is not supported; choose one of {LR_ADJUSTMENTS}")
         for position, param in enumerate(group["params"]):
             if param.ndim != 2:
                 raise ValueError(
@@ -195,7 +197,28 @@ class Muon8bit(BlockwiseOptimizer):
 
     @staticmethod
     def _device(group: dict[str, Any]) -> torch.device:
-        return group["params"][0].device
+        return group["params"][0].device if group["params"] else torch.device("cpu")
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what `state_dict` or `torch.optim.Muon.state_dict` returned; nothing changes if it cannot be read.
+
+        Raises:
+            ValueError: as the other optimizers.
+        """
+        states = state_dict.get("state", {})
+        if any("momentum_buffer" in state for state in states.values()):
+            # torch.optim.Muon counts no steps, and no part of this step depends on them
+            renamed = {number: {"step": 0.0, "exp_avg": state["momentum_buffer"]} for number, state in states.items()}
+            state_dict = {**state_dict, "state": renamed}
+        super().load_state_dict(state_dict)
+
+    def export_bitsandbytes_state_dict(self) -> dict[str, Any]:
+        """Not offered.
+
+        Raises:
+            TypeError: bitsandbytes has no Muon.
+        """
+        raise TypeError("bitsandbytes has no Muon to go on with Muon8bit's state; keep its own state_dict()")
 
 
 def adjusted_ratio(adjust_lr_fn: str | None, shape: tuple[int, ...]) -> float:

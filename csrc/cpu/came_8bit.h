@@ -70,7 +70,7 @@ struct CameWorkspaceSizes {
   int64_t total() const { return 2 * whole + 3 * cols + 6 * rows + kCameTail * (kCameTail + 4 * kCameLanes); }
 };
 
-inline CameWorkspaceSizes came_workspace(int64_t rows, int64_t cols) {
+static inline CameWorkspaceSizes came_workspace(int64_t rows, int64_t cols) {
   const auto padded = [](int64_t n) { return (n + kCameLanes - 1) / kCameLanes * kCameLanes; };
   // A margin on either side: neighbours of border elements are read, and what is read there is not used. Half a page between one
   // workspace and the next: at the same offset in their pages, loads from one would wait for stores to the other.

@@ -2,8 +2,8 @@
 
 #include <atomic>
 #include <cmath>
+#include <exception>
 #include <stdexcept>
-#include <system_error>
 #include <thread>
 
 #include "../formats/random.h"
@@ -73,14 +73,19 @@ void parallel(int64_t units, int64_t elements, int threads, const std::function<
   for (int64_t part = 0; part + 1 < parts; ++part) {
     const int64_t end = units * (part + 1) / parts;
     try {
-      others.emplace_back(work, begin, end);
-    } catch (const std::system_error&) {
-      break;  // no thread to be had: the rest is done here
+      others.emplace_back(std::cref(work), begin, end);
+    } catch (const std::exception&) {
+      break;  // no thread, or no memory for one: the rest is done here
     }
     begin = end;
   }
+  struct Join {  // whatever this thread's share throws
+    std::vector<std::thread>& threads;
+    ~Join() {
+      for (std::thread& thread : threads) thread.join();
+    }
+  } join{others};
   work(begin, units);
-  for (std::thread& other : others) other.join();
 }
 
 std::string isa() { return chosen().load()->name; }

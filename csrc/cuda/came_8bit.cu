@@ -373,20 +373,20 @@ struct Came {
   }
 
   __device__ void apply() {
-    float squares = 0, other = 0;
-    for_elements<2>(team, rows, cols, [&](int64_t i, int64_t r, int64_t c) {
-      const float u = update(i, r, c), g = gradient[i];
-      squares += u * u;
-      if (early) {
-        const float directed = fabsf(u) * (g > 0 ? 1.0f : g < 0 ? -1.0f : 0.0f);
-        momentum[i] = directed;
-        other += directed * directed;
-      } else {
-        other += u * g > 0;
-      }
-    });
     float scale = 1, inverse = 0;  // of edges in scale * momentum
     if (job.amp) {
+      float squares = 0, other = 0;
+      for_elements<2>(team, rows, cols, [&](int64_t i, int64_t r, int64_t c) {
+        const float u = update(i, r, c), g = gradient[i];
+        squares += u * u;
+        if (early) {
+          const float directed = fabsf(u) * (g > 0 ? 1.0f : g < 0 ? -1.0f : 0.0f);
+          momentum[i] = directed;
+          other += directed * directed;
+        } else {
+          other += u * g > 0;
+        }
+      });
       scale = clip_of(team.sum(squares));
       const double all = team.sum(other);
       inverse = scale * edge_inverse(rms(all) * scale);

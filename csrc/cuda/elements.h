@@ -76,11 +76,13 @@ __device__ inline void store_raw(void* base, DType dtype, int64_t first, int cou
   }
 }
 
-// Bytes (codes, residuals) lie at multiples of 16, `first` at a multiple of 8: eight are one access but in a tensor's last few, which
-// `fill` pads.
+// Eight bytes (codes, residuals) are one access where they lie at a multiple of 8, as an optimizer's own do: not in a tensor's last few,
+// which `fill` pads, nor in views that a caller of the ops may pass.
+__device__ inline bool is_aligned_to_8(const void* address) { return (reinterpret_cast<uintptr_t>(address) & 7) == 0; }
+
 __device__ inline uint2 load_bytes(const void* base, int64_t first, int count, uint32_t fill) {
   const uint8_t* address = static_cast<const uint8_t*>(in_global(base)) + first;
-  if (count >= kElements) return *reinterpret_cast<const uint2*>(address);
+  if (count >= kElements && is_aligned_to_8(address)) return *reinterpret_cast<const uint2*>(address);
   uint32_t word[2] = {};
   for (int j = 0; j < kElements; ++j) word[j / 4] |= (j < count ? address[j] : fill) << (8 * (j % 4));
   return make_uint2(word[0], word[1]);
@@ -88,7 +90,7 @@ __device__ inline uint2 load_bytes(const void* base, int64_t first, int count, u
 
 __device__ inline void store_bytes(void* base, int64_t first, int count, uint2 bytes) {
   uint8_t* address = static_cast<uint8_t*>(in_global(base)) + first;
-  if (count >= kElements) {
+  if (count >= kElements && is_aligned_to_8(address)) {
     *reinterpret_cast<uint2*>(address) = bytes;
     return;
   }

@@ -12,9 +12,10 @@ import pytest
 import torch
 from torch import nn
 
-from coat_kernels import CoatWarning, dequantize_blockwise
+from coat_kernels import CoatWarning, dequantize_blockwise, quantize_blockwise
+from coat_kernels.formats.dynamic8 import qmap
 from coat_kernels.ops.blockwise_quant import BlockwiseQuantized
-from coat_kernels.optim import AdamW8bit, FP8AdamW, Lion8bit
+from coat_kernels.optim import AdamW8bit, CAME8bit, FP8AdamW, Lion8bit, Muon8bit
 
 
 class Lion(torch.optim.Optimizer):
@@ -180,3 +181,50 @@ def test_no_second_moment_becomes_zero_on_the_way_in() -> None:
     optimizer.load_state_dict(adamw.state_dict())
     codes = optimizer.state[weight]["exp_avg_sq"]
     assert codes[0] == 255 and (codes[1:256] == 1).all()
+
+
+def test_states_of_another_rule_are_refused() -> None:
+    weight = nn.Parameter(torch.randn(64, 100))
+    weight.grad = torch.randn(64, 100)
+    lion = Lion8bit([weight])
+    lion.step()
+    for saved, words in ((lion.state_dict(), "is of Lion8bit"), (lion.export_bitsandbytes_state_dict(), "is of bitsandbytes")):
+        with pytest.raises(ValueError, match=f"{words}, whose states Muon8bit cannot go on from"):
+            Muon8bit([weight]).load_state_dict(saved)
+    with pytest.raises(TypeError, match="bitsandbytes has no Muon"):
+        Muon8bit([weight]).export_bitsandbytes_state_dict()
+    came = CAME8bit([weight])
+    with pytest.raises(ValueError, match="eps must be a tuple of 2 numbers"):
+        came.load_state_dict(torch.optim.AdamW([weight]).state_dict())
+    assert len(came.param_groups[0]["betas"]) == 3
+
+
+def test_blocks_of_2048_of_older_releases_are_converted() -> None:
+    weight = nn.Parameter(torch.zeros(4096))
+    value = torch.randn(4096)
+    q = quantize_blockwise(value, 2048)
+    state = {"step": 3, "state1": q.codes, "absmax1": q.absmax, "qmap1": qmap(True)}
+    saved = {"state": {0: state}, "param_groups": [{"params": [0], "lr": 1e-3, "betas": (0.9, 0.99), "weight_decay": 0.0}]}
+    optimizer = Lion8bit([weight])
+    with pytest.warns(CoatWarning, match="exp_avg from dynamic8 in groups of 2048 to dynamic8 in groups of 256"):
+        optimizer.load_state_dict(saved)
+    got = dequantize_blockwise(BlockwiseQuantized(optimizer.state[weight]["exp_avg"], optimizer.state[weight]["exp_avg_absmax"], 256, True))
+    assert (got - value).norm() <= 0.03 * value.norm()
+
+
+def test_torchs_muon_goes_on_in_8_bits() -> None:
+    start = torch.randn(64, 100)
+    theirs, ours = nn.Parameter(start.clone()), nn.Parameter(start.clone())
+    muon = torch.optim.Muon([theirs], lr=1e-2)
+    for step in range(3):
+        theirs.grad = torch.randn(64, 100, generator=torch.Generator().manual_seed(step))
+        muon.step()
+    ours.data.copy_(theirs)
+    optimizer = Muon8bit([ours])
+    optimizer.load_state_dict(muon.state_dict())
+    before = theirs.detach().clone()
+    theirs.grad = ours.grad = torch.randn(64, 100)
+    muon.step()
+    optimizer.step()
+    # 8 bits of momentum, and torch's iteration in bfloat16
+    assert (theirs - ours).norm() <= 0.05 * (theirs - before).norm()

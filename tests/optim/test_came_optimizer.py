@@ -134,7 +134,7 @@ def test_groups_maximize_and_16_bit_parameters() -> None:
     ("option", "message"),
     [
         ({"betas": (0.9, 0.999)}, "betas must be 3 numbers"),
-        ({"eps": (1e-30, 1e-16, 1e-8)}, "eps must be two numbers of 0 or more"),
+        ({"eps": (1e-30, 1e-16, 1e-8)}, "eps must be a tuple of 2 numbers of 0 or more"),
         ({"clip_threshold": 0.0}, "Invalid clip_threshold value: 0.0; it must be above 0"),
         ({"weight_decay": -0.1}, "Invalid weight_decay value: -0.1"),
         ({"lr": -1.0}, "Invalid learning rate: -1.0"),

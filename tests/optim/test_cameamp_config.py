@@ -165,7 +165,7 @@ def test_a_misspelt_option_suggests_the_nearest(make) -> None:
         ({"min_lr": 1e-2}, "max_lr=0.001 lies below min_lr=0.01"),
         ({"betas": (0.9, 0.99)}, "betas must be 3 numbers"),
         ({"betas": (0.9, 0.99, 1.0)}, "Invalid beta parameter at index 2: 1.0"),
-        ({"eps": (1e-8,)}, "eps must be three numbers of 0 or more"),
+        ({"eps": (1e-8,)}, "eps must be a tuple of 3 numbers of 0 or more"),
         ({"weight_decay": -1}, "Invalid weight_decay value: -1"),
         ({"lr": -1}, "Invalid learning rate: -1"),
         ({"block_size": 100}, "block size 100 is not offered"),

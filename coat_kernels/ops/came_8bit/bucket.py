@@ -46,7 +46,7 @@ class CameBucket(Bucket):
         before = self._lr_max.clone()
         numbers = tensor_numbers(steps, self._lr_max, hyper, self.fmt)
         if not torch.equal(self._lr_max, before):
-            torch._foreach_copy_(stored, list(self._lr_max.to(self.device).split(1)))
+            torch._foreach_copy_(stored, list(self._lr_max.to(self.device, non_blocking=True).split(1)))
         return steps, numbers
 
     def _step_cpu(self, hyper: CameSettings) -> None:

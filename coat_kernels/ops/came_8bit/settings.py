@@ -245,7 +245,9 @@ def tensor_numbers(steps: Sequence[int], lr_max: Tensor | None, settings: CameSe
     rows[:, 1], rows[:, 2] = 1 - beta2**t, 1 - beta3**t
     old = lr_max.numpy().copy()
     first = t == 1
-    new = np.where(first, lr, np.maximum(old, lr)) if fmt.phase != "late" else np.where(first, lr, old)
+    # a schedule that starts at 0 must leave a mask to scale: what it means is at least min_lr
+    start = np.maximum(lr, np.float32(settings.min_lr))
+    new = np.where(first, start, np.maximum(old, lr) if fmt.phase != "late" else old).astype(np.float32)
     rows[:, 3] = np.divide(lr, new, out=np.zeros_like(new), where=new > 0)
     rows[:, 4] = np.where(first, 0, new - old)
     old_start, new_start = (np.clip(x, np.float32(settings.min_lr), np.float32(settings.max_lr)) for x in (old, new))
