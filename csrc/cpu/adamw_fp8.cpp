@@ -131,14 +131,10 @@ void advance(Block& block, int group) {
   moment_v.plan.min_bits[group] = out[3];
 }
 
-// v that overflowed from a finite gradient is held at the largest float32: the parameter stands still there.
-void hold_overflow(Block& block, int group) {
+void hold_group(Block& block, int group) {
   const int n = block.job->exp_avg.group_size, at = group * n;
   float* v = block.exp_avg_sq.values + at;
-  for (int i = 0; i < n; ++i) {
-    const bool finite_grad = is_finite(block.grad[at + i] * block.job->inv_grad_scale);
-    if (finite_grad && float_bits(v[i]) == kInfBits) v[i] = kFloatMax;
-  }
+  hold_overflow(block.grad + at, block.job->inv_grad_scale, n, v);
   const GroupStats stats = group_stats(v, n);
   block.exp_avg_sq.plan.max_bits[group] = stats.max_bits;
   block.exp_avg_sq.plan.min_bits[group] = stats.min_bits;
@@ -159,7 +155,7 @@ void advance_block(Block& block) {
     } else {
       advance<Form::kValues>(block, group, v);
     }
-    if (block.exp_avg_sq.plan.max_bits[group] >= kInfBits) hold_overflow(block, group);
+    if (block.exp_avg_sq.plan.max_bits[group] >= kInfBits) hold_group(block, group);
   }
 }
 

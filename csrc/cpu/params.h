@@ -47,4 +47,12 @@ static inline void close_params(const ParamStorage& params, int64_t first, int c
   }
 }
 
+// v that overflowed from a finite gradient is held at the largest float32: the parameter stands still there.
+static inline void hold_overflow(const float* grad, float inv_grad_scale, int n, float* v) {
+  for (int i = 0; i < n; ++i) {
+    const bool finite_grad = is_finite(grad[i] * inv_grad_scale);
+    if (finite_grad && float_bits(v[i]) == kInfBits) v[i] = kFloatMax;
+  }
+}
+
 }  // namespace coat::COAT_ISA

@@ -117,14 +117,10 @@ void advance(Chunk& chunk, int block) {
   if (kTwo) second.max_bits[block] = largest(max_v);
 }
 
-// v that overflowed from a finite gradient is held at the largest float32: the parameter stands still there.
-void hold_overflow(Chunk& chunk, int block) {
+void hold_block(Chunk& chunk, int block) {
   const int begin = chunk.block_begin(block), n = chunk.block_end(block) - begin;
   float* const v = chunk.exp_avg_sq.values + begin;
-  for (int i = 0; i < n; ++i) {
-    const bool finite_grad = is_finite(chunk.grad[begin + i] * chunk.job->inv_grad_scale);
-    if (finite_grad && float_bits(v[i]) == kInfBits) v[i] = kFloatMax;
-  }
+  hold_overflow(chunk.grad + begin, chunk.job->inv_grad_scale, n, v);
   chunk.exp_avg_sq.max_bits[block] = largest_bits(v, n);
 }
 
@@ -132,7 +128,7 @@ template <Rule rule, bool kQuantized>
 void advance_chunk(Chunk& chunk) {
   for (int block = 0; block < chunk.blocks; ++block) {
     advance<rule, kQuantized>(chunk, block);
-    if (rule == Rule::kAdamW && chunk.exp_avg_sq.max_bits[block] >= kInfBits) hold_overflow(chunk, block);
+    if (rule == Rule::kAdamW && chunk.exp_avg_sq.max_bits[block] >= kInfBits) hold_block(chunk, block);
   }
 }
 
