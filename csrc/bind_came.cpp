@@ -10,11 +10,6 @@ namespace py = pybind11;
 
 namespace {
 
-template <typename T>
-T* pointer(uintptr_t address) {
-  return reinterpret_cast<T*>(address);
-}
-
 // Enumerations and dtypes travel as their numbers.
 template <typename Member>
 auto as_number(Member coat::CameJob::* member) {

@@ -9,11 +9,6 @@ namespace py = pybind11;
 
 namespace {
 
-template <typename T>
-T* pointer(uintptr_t address) {
-  return reinterpret_cast<T*>(address);
-}
-
 void check_codec(int codec, bool quantized_only) {
   const auto id = static_cast<coat::Codec>(codec);
   const bool known = codec >= 0 && codec < coat::kNumCodecs && id != coat::Codec::kDynamic8;

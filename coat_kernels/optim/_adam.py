@@ -16,6 +16,8 @@ class LowBitAdamW(LowBitOptimizer):
     """Base of `FP8AdamW` and `AdamW8bit`; arguments as documented there."""
 
     _family = "adamw"
+    #: Of the fused step: what it is told of lr, betas and the rest.
+    _hyper_type: ClassVar[Any]
 
     _settings: ClassVar[tuple[str, ...]] = ("param_rounding", "min_quant_numel", "seed")
 
@@ -58,6 +60,19 @@ class LowBitAdamW(LowBitOptimizer):
             "fused": fused,
         }
         super().__init__(params, defaults)
+
+    def _hyperparameters(self, group: dict[str, Any], grads: list[Any]) -> Any:
+        beta1, beta2 = group["betas"]
+        return self._hyper_type(
+            lr=group["lr"],
+            beta1=beta1,
+            beta2=beta2,
+            eps=group["eps"],
+            weight_decay=group["weight_decay"],
+            maximize=group["maximize"],
+            grad_scale=getattr(self, "grad_scale", None),
+            found_inf=getattr(self, "found_inf", None),
+        )
 
     def export_adamw_state_dict(self) -> dict[str, Any]:
         """The state decoded to float32, as a dictionary that `torch.optim.AdamW.load_state_dict` reads.

@@ -41,6 +41,7 @@ class AdamW8bit(BlockwiseOptimizer, LowBitAdamW):
 
     _settings = BlockwiseOptimizer._settings
     _rule = "adamw"
+    _hyper_type = Hyperparameters8bit
 
     def __init__(
         self,
@@ -78,17 +79,4 @@ class AdamW8bit(BlockwiseOptimizer, LowBitAdamW):
             fused=fused,
             capturable=capturable,
             differentiable=differentiable,
-        )
-
-    def _hyperparameters(self, group: dict[str, Any], grads: list[Any]) -> Hyperparameters8bit:
-        beta1, beta2 = group["betas"]
-        return Hyperparameters8bit(
-            lr=group["lr"],
-            beta1=beta1,
-            beta2=beta2,
-            eps=group["eps"],
-            weight_decay=group["weight_decay"],
-            maximize=group["maximize"],
-            grad_scale=getattr(self, "grad_scale", None),
-            found_inf=getattr(self, "found_inf", None),
         )

@@ -42,6 +42,7 @@ class FP8AdamW(LowBitAdamW):
     """
 
     _bucket_type = AdamWFP8Bucket
+    _hyper_type = Hyperparameters
     _settings = (*LowBitAdamW._settings, "fp8_config")
 
     def __init__(
@@ -95,17 +96,4 @@ class FP8AdamW(LowBitAdamW):
             exp_avg_sq_rounding=config.exp_avg_sq_rounding,
             param_rounding=storage_rounding(param.dtype, self.param_rounding),
             seed=self.seed,
-        )
-
-    def _hyperparameters(self, group: dict[str, Any], grads: list[Any]) -> Hyperparameters:
-        beta1, beta2 = group["betas"]
-        return Hyperparameters(
-            lr=group["lr"],
-            beta1=beta1,
-            beta2=beta2,
-            eps=group["eps"],
-            weight_decay=group["weight_decay"],
-            maximize=group["maximize"],
-            grad_scale=getattr(self, "grad_scale", None),
-            found_inf=getattr(self, "found_inf", None),
         )

@@ -40,21 +40,11 @@ std::atomic<const Kernels*>& chosen() {
 
 StepRow make_row(const int64_t* entry, const StepFormat& format, const Hyperparameters& hyper) {
   StepRow row{};
-  row.param = pointer<void>(entry[0]);
-  row.grad = pointer<const void>(entry[1]);
-  row.exp_avg = pointer<void>(entry[2]);
-  row.exp_avg_sq = pointer<void>(entry[3]);
+  const uint32_t t = open_row(entry, hyper, &row);
   row.amax = pointer<float>(entry[4]);
   row.k16 = pointer<uint8_t>(entry[5]);
-  row.residual = pointer<int8_t>(entry[6]);
-  float* const step = pointer<float>(entry[7]);
-  *step += 1;
-  const double t = static_cast<double>(*step);
-  row.numel = entry[8];
-  row.step_size = static_cast<float>(hyper.lr / (1 - std::pow(hyper.beta1, t)));
-  row.inv_bias2_root = static_cast<float>(1 / std::sqrt(1 - std::pow(hyper.beta2, t)));
   for (uint32_t stream = 0; stream < 3; ++stream) {
-    row.keys[stream] = stream_key(format.seed, static_cast<uint32_t>(t), static_cast<uint32_t>(entry[9]), stream);
+    row.keys[stream] = stream_key(format.seed, t, static_cast<uint32_t>(entry[9]), stream);
   }
   return row;
 }

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <functional>
 #include <vector>
@@ -21,6 +22,24 @@ inline int64_t num_groups(int64_t numel, int group_size) { return (numel + group
 template <typename T>
 T* pointer(int64_t address) {
   return reinterpret_cast<T*>(static_cast<uintptr_t>(address));
+}
+
+// What the tables of moments share: columns 0 to 3 and 6 to 8, and the corrections of the step that is reached. Counts the tensor's step
+// up and returns it.
+template <typename Row, typename Hyper>
+uint32_t open_row(const int64_t* entry, const Hyper& hyper, Row* row) {
+  row->param = pointer<void>(entry[0]);
+  row->grad = pointer<const void>(entry[1]);
+  row->exp_avg = pointer<void>(entry[2]);
+  row->exp_avg_sq = pointer<void>(entry[3]);
+  row->residual = pointer<int8_t>(entry[6]);
+  float* const step = pointer<float>(entry[7]);
+  *step += 1;
+  const double t = static_cast<double>(*step);
+  row->numel = entry[8];
+  row->step_size = static_cast<float>(hyper.lr / (1 - std::pow(hyper.beta1, t)));
+  row->inv_bias2_root = static_cast<float>(1 / std::sqrt(1 - std::pow(hyper.beta2, t)));
+  return static_cast<uint32_t>(t);
 }
 
 // Runs step(row, from, to) over the groups of all rows. A row has `numel` and is told its `first_group` among those of all.
