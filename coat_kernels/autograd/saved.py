@@ -2,12 +2,15 @@
 
 `compress_saved_activations` is a context for the forward pass of any model. Inside it a tensor that autograd saves is
 
-- *rebuilt*, if its values follow from 8-bit codes that are kept anyway: the outputs of this package's norms and activation functions, and what
-  is made of them by casts, copies, concatenations, modulation (`replay.py`). Nothing is kept for it, however many layers read it.
+- *rebuilt*, if its values follow from 8-bit codes that are kept anyway: the outputs of this package's norms and activation
+  functions, and what is made of them by casts, copies, concatenation and modulation (`replay.py`). Nothing is kept for it, however
+  many layers read it.
 - *packed* into one byte an element, once for each storage, if it is a large activation;
-- *kept*, if it is anything else: parameters and what is made of them, constants, integers, statistics, and what attention saves unless told otherwise.
+- *kept*, if it is anything else: parameters and what is made of them, constants, integers, statistics, and, unless told
+  otherwise, what attention saves.
 
-An activation is a tensor that a torch function returned inside the context, that requires a gradient and that was not made of parameters alone.
+An activation is a tensor that a torch function returned inside the context, that requires a gradient and was not made of
+parameters alone.
 """
 
 from __future__ import annotations
@@ -59,6 +62,10 @@ class View:
     size: Sequence[int]
     stride: Sequence[int]
     offset: int
+
+    @classmethod
+    def of(cls, tensor: Tensor, base: Callable[[], Tensor]) -> View:
+        return cls(base, tensor.size(), tensor.stride(), int(tensor.storage_offset()))
 
     def __call__(self) -> Tensor:
         return self.base().as_strided(self.size, self.stride, self.offset)
@@ -238,14 +245,14 @@ class compress_saved_activations:  # a context manager, named as torch names its
             return Kept(tensor)
         found = self.known(tensor)
         if found is not None and found.rebuild is not None and found.version == tensor._version:
-            return View(found.rebuild, tensor.size(), tensor.stride(), tensor.storage_offset())
+            return View.of(tensor, found.rebuild)
         if found is None and self._attention_shapes and tensor.shape == self._attention_shapes[-1]:
             found = self.mark(tensor, "attention")  # its output, which nobody has seen yet
         fmt = self._format(found)
         row = _row(tensor)
         if found is None or fmt is None or row < MIN_ROW or not MIN_NUMEL <= storage_numel(tensor) <= MAX_EXCESS * tensor.numel():
             return Kept(tensor)
-        return View(self._packed(tensor, found, row, *fmt), tensor.size(), tensor.stride(), tensor.storage_offset())
+        return View.of(tensor, self._packed(tensor, found, row, *fmt))
 
     def _save(self, tensor: Tensor) -> Callable[[], Tensor]:
         held = self.pack(tensor)
