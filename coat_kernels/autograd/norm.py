@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .. import ops  # noqa: F401  registers the ops
+from ..ops.row_values import by_segment
 from . import saved
 
 
@@ -62,21 +62,6 @@ def _segments(shape: torch.Size | None) -> int:
     return 1 if shape is None or len(shape) == 1 else shape[0]
 
 
-def _by_segment(name: str, factor: Tensor | None, x: Tensor) -> Tensor | None:
-    """A factor of the shapes that `norm` takes as [D] or [S, D]."""
-    if factor is None or factor.ndim <= 1:
-        return factor
-    leading = factor.shape[:-1]
-    while len(leading) > 1 and leading[-1] == 1:
-        leading = leading[:-1]
-    if factor.shape[-1] != x.shape[-1] or (tuple(leading) != (1,) and tuple(leading) != tuple(x.shape[: len(leading)])):
-        raise ValueError(
-            f"{name} of shape {tuple(factor.shape)} does not broadcast over x of shape {tuple(x.shape)}: pass [D], or [B, D] or [B, 1, D] "
-            "with B the leading dimension of x"
-        )
-    return factor.reshape(-1, factor.shape[-1])
-
-
 def norm(
     x: Tensor,
     gain: Tensor | None = None,
@@ -110,7 +95,10 @@ def norm(
         TypeError: x or a factor is no float tensor.
         BackendUnavailable: no kernel for x's device.
     """
-    gain, shift = _by_segment("gain", gain, x), _by_segment("shift", shift, x)
+    if gain is not None:
+        gain = by_segment("gain", gain, x)
+    if shift is not None:
+        shift = by_segment("shift", shift, x)
     needed = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, gain, shift))
     if not needed:
         y: Tensor = torch.ops.coat_kernels.norm(x, gain, shift, center, plus_one, eps, fmt, group_size, False, False)[0]

@@ -54,6 +54,21 @@ def check_segments(name: str, factor: Tensor, x: Tensor) -> int:
     return segments
 
 
+def by_segment(name: str, factor: Tensor, x: Tensor) -> Tensor:
+    """A factor [D], [B, D], [B, 1, D], ..., B the leading dimension of `x`, as [D] or [S, D]."""
+    if factor.ndim <= 1:
+        return factor
+    leading = factor.shape[:-1]
+    while len(leading) > 1 and leading[-1] == 1:
+        leading = leading[:-1]
+    if factor.shape[-1] != x.shape[-1] or (tuple(leading) != (1,) and tuple(leading) != tuple(x.shape[: len(leading)])):
+        raise ValueError(
+            f"{name} of shape {tuple(factor.shape)} does not broadcast over x of shape {tuple(x.shape)}: pass [D], or [B, D] or [B, 1, D] "
+            "with B the leading dimension of x"
+        )
+    return factor.reshape(-1, factor.shape[-1])
+
+
 def check_divides(name: str, segments: int, x: Tensor) -> None:
     rows = x.numel() // x.shape[-1]
     if segments < 1 or rows % segments:
