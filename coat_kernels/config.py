@@ -80,3 +80,80 @@ class FP8QuantizationConfig:
 
 def _codec(fmt: str, expand: bool) -> Codec:
     return get_codec(codec_name(fmt, expand) if fmt in FORMATS else fmt)
+
+
+_ACTIVATION_FORMATS = ("e4m3", "e5m2", "int8", "auto")
+_ACTIVATION_GROUPS = (16, 32, 64, 128, 256)
+
+
+@dataclass(frozen=True)
+class COATConfig:
+    """What a model's conversion and its trainer do.
+
+    Args:
+        use_fp8_optimizer: 8-bit moments (`to_fp8_quant_config`).
+        optimizer_m1_format, optimizer_m2_format, optimizer_block_size, use_dynamic_range_expansion: as in `FP8QuantizationConfig`.
+        use_fp8_activation: convert the model's linears, norms and activation functions (`convert_to_coat`).
+        activation_linear_granularity: scale of what a trainable linear saves and an FP8 product reads: "per_tensor" or "per_row".
+        activation_nonlinear_granularity: of what norms and activation functions save: "per_group", 1 x `activation_group_size`
+            along the last dimension.
+        activation_group_size: 16, 32, 64, 128 or 256.
+        enable_memory_efficient_checkpoint: trainers checkpoint blocks with boundaries in 8 bits where the model offers checkpointing.
+        log_memory_stats: trainers log the memory of each phase of a step.
+        activation_format: of norms and activation functions: "e4m3", "e5m2", "int8", or "auto" (per group the better of e4m3 and int8).
+        attention_format: None keeps what attention saves in the model's dtype; a format of `activation_format` stores it in 8 bits.
+        attention_group_size: of `attention_format`.
+        frozen_weight_format: "e4m3" stores the weights of frozen linear layers in FP8; None leaves them.
+        frozen_weight_granularity: their scale: "per_tensor" or "per_channel" (output channel).
+
+    Raises:
+        ValueError: an unknown format or granularity, a group size that is not offered.
+        TypeError: a switch that is not a bool.
+    """
+
+    use_fp8_optimizer: bool = True
+    optimizer_m1_format: str = "e4m3"
+    optimizer_m2_format: str = "e4m3"
+    optimizer_block_size: int = 128
+    use_dynamic_range_expansion: bool = True
+    use_fp8_activation: bool = True
+    activation_linear_granularity: str = "per_tensor"
+    activation_nonlinear_granularity: str = "per_group"
+    activation_group_size: int = 128
+    enable_memory_efficient_checkpoint: bool = True
+    log_memory_stats: bool = True
+    activation_format: str = "e4m3"
+    attention_format: str | None = None
+    attention_group_size: int = 32
+    frozen_weight_format: str | None = None
+    frozen_weight_granularity: str = "per_tensor"
+
+    def __post_init__(self) -> None:
+        for field in ("use_fp8_optimizer", "use_fp8_activation", "enable_memory_efficient_checkpoint", "log_memory_stats"):
+            if not isinstance(getattr(self, field), bool):
+                raise TypeError(f"{field} must be True or False, got {getattr(self, field)!r}")
+        choices: dict[str, tuple[object, ...]] = {
+            "activation_linear_granularity": ("per_tensor", "per_row"),
+            "activation_nonlinear_granularity": ("per_group",),
+            "activation_group_size": _ACTIVATION_GROUPS,
+            "activation_format": _ACTIVATION_FORMATS,
+            "attention_format": (None, *_ACTIVATION_FORMATS),
+            "attention_group_size": _ACTIVATION_GROUPS,
+            "frozen_weight_format": (None, "e4m3"),
+            "frozen_weight_granularity": ("per_tensor", "per_channel"),
+        }
+        for field, known in choices.items():
+            if getattr(self, field) not in known:
+                raise ValueError(f"unknown {field} {getattr(self, field)!r}; choose {', '.join(map(repr, known))}")
+        self.to_fp8_quant_config()
+
+    def to_fp8_quant_config(self) -> FP8QuantizationConfig:
+        """The optimizer's part, for `FP8AdamW(fp8_config=...)`; `use_fp8_optimizer=False` gives float32 moments."""
+        return FP8QuantizationConfig(
+            use_fp8_m1=self.use_fp8_optimizer,
+            use_fp8_m2=self.use_fp8_optimizer,
+            m1_format=self.optimizer_m1_format,
+            m2_format=self.optimizer_m2_format,
+            block_size=self.optimizer_block_size,
+            use_dynamic_range_expansion=self.use_dynamic_range_expansion,
+        )

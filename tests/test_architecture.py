@@ -22,6 +22,8 @@ FLOORS = {
     "coat_kernels.backends": 1,
     "coat_kernels.ops": 2,
     "coat_kernels.config": 2,
+    "coat_kernels.autograd": 3,
+    "coat_kernels.nn": 4,
     "coat_kernels.optim": 4,
     "coat_kernels": 5,
     "coat_train": 6,
