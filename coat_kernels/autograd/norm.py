@@ -131,8 +131,6 @@ def layer_norm(
     return norm(x, weight, bias, center=True, eps=eps, fmt=fmt, group_size=group_size)
 
 
-def layer_norm_modulate(
-    x: Tensor, scale: Tensor, shift: Tensor, eps: float = 1e-6, *, fmt: str = "e4m3", group_size: int = 128
-) -> Tensor:
+def layer_norm_modulate(x: Tensor, scale: Tensor, shift: Tensor, eps: float = 1e-6, *, fmt: str = "e4m3", group_size: int = 128) -> Tensor:
     """layer_norm(x) · (1 + scale) + shift, scale and shift [B, D] or [B, 1, D] for x [B, ..., D]; `norm` says the rest."""
     return norm(x, scale, shift, center=True, plus_one=True, eps=eps, fmt=fmt, group_size=group_size)

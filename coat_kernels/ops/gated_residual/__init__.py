@@ -15,9 +15,7 @@ from .._library import LIBRARY
 from ..row_values import check_rows, check_same, check_segments, check_stored, empty_stored, wide_dtype
 from . import reference
 
-LIBRARY.define(
-    "gated_residual(Tensor residual, Tensor x, Tensor gate, str fmt, int group_size, bool save) -> (Tensor, Tensor, Tensor)"
-)
+LIBRARY.define("gated_residual(Tensor residual, Tensor x, Tensor gate, str fmt, int group_size, bool save) -> (Tensor, Tensor, Tensor)")
 LIBRARY.define(
     "gated_residual_backward(Tensor dy, Tensor codes, Tensor scale, Tensor gate, str fmt, int group_size, bool need_gate, "
     "bool need_x=True) -> (Tensor, Tensor)"
@@ -41,22 +39,16 @@ def check_gated_residual_backward(
     if need_gate:
         check_stored(codes, scale, fmt, group_size)
         if codes.shape != dy.shape:
-            raise ValueError(f"the gradient of gate needs codes of dy's shape {tuple(dy.shape)}, got {tuple(codes.shape)}: run with save=True")
+            raise ValueError(f"gate's gradient needs codes of dy's shape {tuple(dy.shape)}, got {tuple(codes.shape)}: pass save=True")
     return check_segments("gate", gate, dy)
 
 
-def _gated_residual(
-    residual: Tensor, x: Tensor, gate: Tensor, fmt: str, group_size: int, save: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+def _gated_residual(residual: Tensor, x: Tensor, gate: Tensor, fmt: str, group_size: int, save: bool) -> tuple[Tensor, Tensor, Tensor]:
     check_gated_residual(residual, x, gate, fmt, group_size)
-    return reference.gated_residual(
-        residual.contiguous(), x.contiguous(), gate.contiguous(), fmt=fmt, group_size=group_size, save=save
-    )
+    return reference.gated_residual(residual.contiguous(), x.contiguous(), gate.contiguous(), fmt=fmt, group_size=group_size, save=save)
 
 
-def _gated_residual_fake(
-    residual: Tensor, x: Tensor, gate: Tensor, fmt: str, group_size: int, save: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+def _gated_residual_fake(residual: Tensor, x: Tensor, gate: Tensor, fmt: str, group_size: int, save: bool) -> tuple[Tensor, Tensor, Tensor]:
     check_gated_residual(residual, x, gate, fmt, group_size)
     return torch.empty_like(x, memory_format=torch.contiguous_format), *empty_stored(x, fmt, group_size, save)
 

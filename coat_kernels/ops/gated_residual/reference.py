@@ -16,9 +16,7 @@ def _runs(x: Tensor, gate: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return x.to(dtype).reshape(segments, x.numel() // (segments * row), row), wide_gate
 
 
-def gated_residual(
-    residual: Tensor, x: Tensor, gate: Tensor, *, fmt: str, group_size: int, save: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+def gated_residual(residual: Tensor, x: Tensor, gate: Tensor, *, fmt: str, group_size: int, save: bool) -> tuple[Tensor, Tensor, Tensor]:
     wide = wide_dtype(x.dtype)
     runs, factor = _runs(x, gate, wide)
     y = (residual.to(wide) + (runs * factor).view(x.shape)).to(x.dtype)

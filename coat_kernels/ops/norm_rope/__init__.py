@@ -3,9 +3,9 @@
     n = x · rstd · weight,   rstd = 1 / sqrt(mean(x²) + eps)          over the head's dh elements of x [B, T, H, dh]
     y = (a · cos - b · sin, b · cos + a · sin)                        for each pair (a, b) of n
 
-The pairs are neighbours (2i, 2i + 1), as in FLUX, or, not interleaved, the two halves of a head, as in Llama. The backward pass reads y,
-which attention keeps anyway, and rstd: n = y rotated back, x · rstd = n / weight. The first `first_tokens` tokens of a joint sequence may have
-a weight of their own.
+The pairs are neighbours (2i, 2i + 1), as in FLUX, or, not interleaved, the two halves of a head, as in Llama. The backward pass reads
+y, which attention keeps anyway, and rstd: n = y rotated back, x · rstd = n / weight. The first `first_tokens` tokens of a joint
+sequence may have a weight of their own.
 """
 
 from __future__ import annotations
