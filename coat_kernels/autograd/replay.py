@@ -1,0 +1,103 @@
+"""Which torch functions keep a tensor rebuildable: what they return is made again from what their operands are rebuilt from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+if TYPE_CHECKING:
+    from .saved import compress_saved_activations
+
+_ATTENTION = {F.scaled_dot_product_attention, torch._C._nn.scaled_dot_product_attention}
+#: Cheap, deterministic, and done element by element: casts, copies, concatenation, modulation.
+_REPLAYED = {
+    *(torch.mul, torch.add, torch.sub, torch.cat, torch.concat, torch.concatenate, torch.clone, torch.reshape, torch.flatten),
+    *(getattr(Tensor, name) for name in ("mul", "add", "sub", "to", "float", "bfloat16", "half", "type_as", "clone")),
+    *(getattr(Tensor, name) for name in ("contiguous", "reshape", "flatten", "__rmul__", "__radd__")),
+}
+#: A plain operand of a replayed function is held as it is if it is this much smaller than the result.
+_SMALL = 8
+
+
+class Watch(TorchFunctionMode):
+    """Tells a `compress_saved_activations` what the tensors are that torch's functions return."""
+
+    def __init__(self, context: compress_saved_activations) -> None:
+        super().__init__()
+        self.context = context
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+        kwargs = kwargs or {}
+        if not torch.is_grad_enabled():
+            return func(*args, **kwargs)
+        if func in _ATTENTION:
+            operands = dict(zip(("query", "key", "value"), args, strict=False)) | kwargs
+            return self.context.attend(lambda: func(*args, **kwargs), operands["query"], operands["key"], operands["value"])
+        out = func(*args, **kwargs)
+        if isinstance(out, Tensor):
+            self._watch(out, func, args, kwargs)
+        elif isinstance(out, tuple | list):
+            for each in out:
+                if isinstance(each, Tensor):
+                    self._watch(each, None, args, kwargs)
+        return out
+
+    def _watch(self, out: Tensor, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if not out.requires_grad or out.layout != torch.strided or self.context.known(out) is not None:
+            return
+        operands = [operand for operand in _flat((args, kwargs)) if isinstance(operand, Tensor)]
+        if all(self._is_parameter(operand) for operand in operands):
+            self.context.mark(out, "parameter")
+            return
+        self.context.mark(out, "activation")
+        if func in _REPLAYED:
+            replay = self._replay(out, func, args, kwargs, operands)
+            if replay is not None:
+                self.context.offer(out, replay)
+
+    def _is_parameter(self, tensor: Tensor) -> bool:
+        found = self.context.known(tensor)
+        return tensor.dim() == 0 or isinstance(tensor, torch.nn.Parameter) or (found is not None and found.kind == "parameter")
+
+    def _replay(self, out: Tensor, func: Any, args: Any, kwargs: Any, operands: list[Tensor]) -> Callable[[], Tensor] | None:
+        context = self.context
+        if not any(context.rebuilds(operand) for operand in operands):
+            return None
+        for operand in operands:
+            found = context.known(operand)
+            held_anyway = found is not None and found.kind == "attention"
+            if not (held_anyway or context.rebuilds(operand) or operand.numel() * _SMALL <= out.numel()):
+                return None
+
+        def pack(value: Any) -> Any:
+            return context.pack(value) if isinstance(value, Tensor) else value
+
+        held = _map(pack, (args, kwargs))
+
+        def replay() -> Tensor:
+            again_args, again_kwargs = _map(lambda value: value() if callable(value) else value, held)
+            again: Tensor = func(*again_args, **again_kwargs)
+            return again.contiguous()
+
+        return replay
+
+
+def _flat(value: Any) -> list[Any]:
+    if isinstance(value, tuple | list):
+        return [leaf for each in value for leaf in _flat(each)]
+    if isinstance(value, dict):
+        return _flat(list(value.values()))
+    return [value]
+
+
+def _map(convert: Callable[[Any], Any], value: Any) -> Any:
+    if isinstance(value, tuple | list):
+        return type(value)(_map(convert, each) for each in value)
+    if isinstance(value, dict):
+        return {key: _map(convert, each) for key, each in value.items()}
+    return convert(value)
