@@ -56,7 +56,7 @@ def _logit(x: Tensor, kind: str) -> Tensor:
 def _load(codes: Tensor, scale: Tensor, fmt: str, group_size: int) -> Tensor:
     """What was saved, as float32 or float64."""
     if fmt == "none":
-        return codes.to(compute_dtype(codes.dtype))
+        return codes.contiguous().to(compute_dtype(codes.dtype))
     return decode(codes, scale, fmt, group_size, scale.dtype)
 
 
@@ -88,7 +88,7 @@ def activation_backward(dy: Tensor, codes: Tensor, scale: Tensor, *, kind: str, 
 def gated_activation(
     gate: Tensor, up: Tensor, *, kind: str, fmt: str, group_size: int, amax: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    wide = compute_dtype(gate.dtype)
+    gate, up, wide = gate.contiguous(), up.contiguous(), compute_dtype(gate.dtype)
     y = (value(gate.to(wide), kind) * up.to(wide)).to(gate.dtype)
     return y, *_save(gate, fmt, group_size), *_save(up, fmt, group_size), _stage_one(y, group_size, amax)
 
