@@ -81,7 +81,7 @@ def code_values(codec: Codec, dtype: torch.dtype = torch.float32, device: torch.
     return torch.where(code >= codec.sign_bit, -value, value)
 
 
-def _round_to_code(magnitude: Tensor, codec: Codec) -> Tensor:
+def round_to_code(magnitude: Tensor, codec: Codec) -> Tensor:
     """int64 code of the nearest value to `magnitude` >= 0, ties to even, saturating."""
     magnitude = magnitude.clamp(max=codec.max)
     # the unit in the last place at this magnitude; rounding in units of it is rounding to the format
@@ -176,11 +176,11 @@ def _encode_float(magnitude: Tensor, amax: Tensor, k16: Tensor, codec: Codec, di
     if codec.expand:
         ratio = torch.log2(magnitude) - torch.log2(amax.to(magnitude.dtype))[:, None]
         y = k16.to(magnitude.dtype)[:, None] / 16 * ratio + math.log2(codec.max)
-        codes = _round_to_code(torch.exp2(torch.where(magnitude > 0, y, -torch.inf)), codec)
+        codes = round_to_code(torch.exp2(torch.where(magnitude > 0, y, -torch.inf)), codec)
     else:
         scale = amax[:, None] / torch.full_like(amax, codec.max)[:, None]
         quotient = magnitude.to(torch.float32) / torch.where(scale > 0, scale, 1)
-        codes = _round_to_code(quotient, codec)
+        codes = round_to_code(quotient, codec)
         codes = torch.where((scale == 0) & (magnitude > 0), 1, codes)
     return codes if dither is None else _dither_float(codes, magnitude, amax, k16, codec, dither)
 

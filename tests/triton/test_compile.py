@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -12,64 +11,38 @@ import pytest
 triton = pytest.importorskip("triton")
 
 import triton.language as tl  # noqa: E402
-from triton.backends.compiler import GPUTarget  # noqa: E402
-from triton.compiler import ASTSource  # noqa: E402
 
 from coat_kernels.formats.codecs import CODECS  # noqa: E402
-from coat_kernels.formats.triton_ptx import PTX, PTX_FP8  # noqa: E402
 from coat_kernels.ops.adamw_fp8 import triton as adamw_fp8  # noqa: E402
 from coat_kernels.ops.group_quant import triton as group_quant  # noqa: E402
+from tests.triton.compiling import Case, compile_kernel, pairs, registers  # noqa: E402
 
-TARGETS = (75, 80, 86, 89, 90, 100, 120)
-CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-
-POINTERS = {"x_ptr": "*fp32", "codes_ptr": "*u8", "amax_ptr": "*fp32", "k16_ptr": "*u8", "out_ptr": "*fp32"}
-POINTERS |= {"table_ptr": "*i64", "tiles_ptr": "*i32", "corrections_ptr": "*fp32", "grad_scale_ptr": "*fp32", "found_inf_ptr": "*fp32"}
-INTEGERS = {"n": "i64", "key": "i32", "n_rows": "i32", "seed": "i32"}
-
-
-#: Kernel, warps, constants, types of arguments.
-Case = tuple[Any, int, dict[str, Any], dict[str, str]]
-
-
-def compile_kernel(case: Case, sm: int) -> Any:
-    """Compile as a launch with 16-byte aligned pointers would; floats are what is neither pointer, integer nor constant."""
-    kernel, num_warps, constants, types = case
-    names = kernel.arg_names
-    constants = {**constants, "ISA": (PTX_FP8 if sm >= 89 else PTX).value} if "ISA" in names else constants
-    known = {**POINTERS, **INTEGERS, **types}
-    signature = {name: "constexpr" if name in constants else known.get(name, "fp32") for name in names}
-    aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if signature[name].startswith("*")}
-    source = ASTSource(kernel, signature, {(names.index(name),): value for name, value in constants.items()}, aligned)
-    try:
-        return triton.compile(source, target=GPUTarget("cuda", sm, 32), options={"num_warps": num_warps})
-    except (ValueError, RuntimeError, AssertionError) as error:
-        if re.search(rf"sm_{sm}|capability|unsupported", str(error)):
-            pytest.skip(f"this Triton does not know sm_{sm}: {error}")
-        raise
+TYPES = {"codes_ptr": "*u8", "k16_ptr": "*u8", "table_ptr": "*i64", "tiles_ptr": "*i32"}
+TYPES |= {"n": "i64", "key": "i32", "n_rows": "i32", "seed": "i32"}
 
 
 def step_case(m: str, v: str, param: Any, grad: Any, **constants: Any) -> Case:
     defaults = {"M_STOCHASTIC": False, "V_STOCHASTIC": False, "PARAM_ROUNDING": 0, "MAXIMIZE": False, "G": 128}
     scaler = {"grad_scale_ptr": None, "found_inf_ptr": None} if not constants.pop("amp", False) else {}
     chosen = {"M_CODEC": CODECS[m].index, "V_CODEC": CODECS[v].index, "PARAM_DTYPE": param, "GRAD_DTYPE": grad}
-    return adamw_fp8.step_kernel, 1, {**defaults, **scaler, **chosen, **constants}, {}
+    return Case(adamw_fp8.step_kernel, 1, {**defaults, **scaler, **chosen, **constants}, TYPES)
 
 
 def quantize_case(codec: str, x: str, **constants: Any) -> Case:
     shape = {"G": 128, "ROWS": 16, "CODEC": CODECS[codec].index, "STOCHASTIC": False, "SIGNED": CODECS[codec].signed}
-    return group_quant.quantize_kernel, 4, {**shape, **constants}, {"x_ptr": x}
+    return Case(group_quant.quantize_kernel, 4, {**shape, **constants}, {**TYPES, "x_ptr": x})
 
 
 def dequantize_case(codec: str, out: str, dtype: Any) -> Case:
-    return group_quant.dequantize_kernel, 4, {"G": 128, "ROWS": 16, "CODEC": CODECS[codec].index, "DTYPE": dtype}, {"out_ptr": out}
+    constants = {"G": 128, "ROWS": 16, "CODEC": CODECS[codec].index, "DTYPE": dtype}
+    return Case(group_quant.dequantize_kernel, 4, constants, {**TYPES, "out_ptr": out})
 
 
 #: What runs unless a user asks otherwise; compiled for every target.
 MAIN = {
     "step-fp32-e4m3": step_case("e4m3_expand", "e4m3_expand", tl.float32, tl.float32),
     "step-bf16-log8": step_case("e4m3_expand", "log8", tl.bfloat16, tl.bfloat16, V_STOCHASTIC=True),
-    "advance": (adamw_fp8.advance_kernel, 1, {"LR_IS_TENSOR": False, "ROWS": 32, "found_inf_ptr": None}, {}),
+    "advance": Case(adamw_fp8.advance_kernel, 1, {"LR_IS_TENSOR": False, "ROWS": 32, "found_inf_ptr": None}, TYPES),
     "quantize-e4m3": quantize_case("e4m3_expand", "*fp32"),
     "dequantize-e4m3": dequantize_case("e4m3_expand", "*fp32", tl.float32),
 }
@@ -86,7 +59,7 @@ MORE = {
     "step-e2m1": step_case("e2m1_expand", "e2m1_expand", tl.float32, tl.float32),
     "step-e2m1-stochastic": step_case("e2m1", "e2m1_expand", tl.bfloat16, tl.bfloat16, M_STOCHASTIC=True, V_STOCHASTIC=True, G=32),
     "step-bf16-states": step_case("bfloat16", "bfloat16", tl.bfloat16, tl.bfloat16, V_STOCHASTIC=True),
-    "advance-tensor-lr": (adamw_fp8.advance_kernel, 1, {"LR_IS_TENSOR": True, "ROWS": 32}, {"lr": "*fp32"}),
+    "advance-tensor-lr": Case(adamw_fp8.advance_kernel, 1, {"LR_IS_TENSOR": True, "ROWS": 32}, {**TYPES, "lr": "*fp32"}),
     "quantize-e5m2-stochastic": quantize_case("e5m2_expand", "*bf16", STOCHASTIC=True),
     "quantize-e4m3-unsigned": quantize_case("e4m3", "*fp16", SIGNED=False),
     "quantize-log8-stochastic": quantize_case("log8", "*fp32", STOCHASTIC=True),
@@ -97,18 +70,11 @@ MORE = {
     "dequantize-log8": dequantize_case("log8", "*bf16", tl.bfloat16),
     "dequantize-e5m2": dequantize_case("e5m2", "*fp16", tl.float16),
 }
-CASES = [(sm, name) for sm in TARGETS for name in MAIN] + [(sm, name) for sm in (75, 89, 120) for name in MORE]
 
 
-@pytest.mark.parametrize("sm, name", CASES, ids=[f"sm_{sm}-{name}" for sm, name in CASES])
-def test_compiles_without_spills(sm: int, name: str, tmp_path: Path) -> None:
-    compiled = compile_kernel({**MAIN, **MORE}[name], sm)
-    cubin = tmp_path / "kernel.cubin"
-    cubin.write_bytes(compiled.asm["cubin"])
-    usage = subprocess.run([CUOBJDUMP, "-res-usage", cubin], capture_output=True, text=True, check=True).stdout
-    registers = re.search(r"REG:(\d+) STACK:(\d+).* LOCAL:(\d+)", usage)
-    assert registers, usage
-    assert registers[2] == "0" and registers[3] == "0", f"spills registers: {usage}"
+@pytest.mark.parametrize("sm, case", pairs(MAIN, MORE))
+def test_compiles_without_spills(sm: int, case: Case, tmp_path: Path) -> None:
+    registers(compile_kernel(case, sm), tmp_path)
 
 
 @pytest.mark.parametrize("name", ["step-fp32-e4m3", "step-bf16-log8"])
