@@ -101,6 +101,21 @@ def test_what_can_be_rebuilt_costs_nothing_and_its_casts_copies_and_modulations_
     assert sqnr(y.flatten(0, 1).sum(0).expand(16, -1), readers[1].weight.grad) > 30
 
 
+def test_linears_under_autocast_read_a_cast_that_is_rebuilt(x):
+    x.requires_grad_()
+    reader = nn.Linear(WIDTH, WIDTH)
+    expected = torch.autograd.grad(reader(x.tanh()).square().sum(), reader.weight)[0]
+
+    def run():
+        with compress_saved_activations(), torch.autocast("cpu", torch.bfloat16):
+            return reader(offered_tanh(x)).float().square().sum()
+
+    out, alive = saved_bytes(run)
+    weight = 2 * WIDTH * WIDTH  # autocast's copy
+    assert sum(size for size in alive.values() if size > 2048) <= x.numel() + weight + 2 * x.numel(), alive
+    assert sqnr(expected, torch.autograd.grad(out, reader.weight)[0]) > 30
+
+
 def test_a_change_in_place_ends_what_was_known(x):
     x.requires_grad_()
     reader = nn.Linear(WIDTH, 16)
