@@ -17,12 +17,11 @@ void norm_from_codes(const NormFromCodesJob& job, int threads) {
            [&](float* memory, int64_t begin, int64_t end) { kernels.norm_from_codes(job, memory, begin, end); });
 }
 
-void norm_backward(const NormBackwardJob& job, int64_t segments, int threads) {
+void norm_backward(const NormBackwardJob& job, int64_t segments, float* dgain, float* dshift, int threads) {
   const Kernels& kernels = kernels_in_use();
-  const RowSums sums{job.rows, job.row, segments, {job.need_gain ? job.dgain : nullptr, job.need_shift ? job.dshift : nullptr}};
-  sum_rows(sums, threads, kNormBackwardMemory * padded_row(job.row),
-           [&](float* memory, int64_t begin, int64_t end, float* dgain, float* dshift) {
-             kernels.norm_backward(job, memory, begin, end, dgain, dshift);
+  sum_rows({job.rows, job.row, segments, {dgain, dshift}}, threads, kNormBackwardMemory * padded_row(job.row),
+           [&](float* memory, int64_t begin, int64_t end, float* gain_sum, float* shift_sum) {
+             kernels.norm_backward(job, memory, begin, end, gain_sum, shift_sum);
            });
 }
 

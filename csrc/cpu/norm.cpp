@@ -1,4 +1,6 @@
 // RMSNorm and LayerNorm that save 8 bits. Compiled once for each instruction set.
+#include <cmath>
+
 #include "rows.h"
 
 namespace coat::COAT_ISA {
@@ -82,8 +84,10 @@ void write_amax(const void* y, DType dtype, int64_t n, int group_size, float* ou
   alignas(64) float values[kMaxRowGroup];
   for (int64_t first = 0; first < n; first += group_size) {
     const int count = static_cast<int>(n - first < group_size ? n - first : group_size);
-    load_floats(at(y, dtype, first), dtype, count, count, values);
-    *out++ = bits_float(largest_finite_bits(values, count));
+    const int padded = (count + kLanes - 1) / kLanes * kLanes;
+    load_floats(at(y, dtype, first), dtype, count, padded, values);
+    const uint32_t top = largest_bits(values, padded);
+    *out++ = bits_float(top < kInfBits ? top : largest_finite_bits(values, count));
   }
 }
 

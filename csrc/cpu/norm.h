@@ -55,10 +55,9 @@ struct NormBackwardJob {
   DType codes_dtype;  // of fmt 0
   const float* rstd;
   NormFactors factors;  // shift is not read
-  bool center, need_gain, need_shift;
+  bool center;
   int fmt, group_size;
-  void* dx;              // null: not needed
-  float *dgain, *dshift;  // [segments, row], where needed
+  void* dx;  // null: not needed
 };
 
 // Floats of a row in a kernel's memory: a whole number of vectors of any instruction set, on cache lines.

@@ -1,6 +1,8 @@
 // RMSNorm of heads with rotary embedding. Compiled once for each instruction set.
 #include "norm_rope.h"
 
+#include <cmath>
+
 #include "rows.h"
 
 namespace coat::COAT_ISA {

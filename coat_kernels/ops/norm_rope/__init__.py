@@ -10,12 +10,14 @@ sequence may have a weight of their own.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from .._library import LIBRARY
-from ..row_values import check_device, check_rows, check_same, contiguous, wide_dtype
-from . import reference
+from ..row_values import backend_of, check_device, check_rows, check_same, contiguous, wide_dtype
+from . import cpu, reference
 
 LIBRARY.define(
     "norm_rope(Tensor x, Tensor weight, Tensor? first_weight, SymInt first_tokens, Tensor? cos, Tensor? sin, float eps, bool interleaved) "
@@ -81,6 +83,10 @@ def check_norm_rope_weight(weight: Tensor, name: str = "weight") -> None:
         )
 
 
+def _backend(tensor: Tensor) -> Any:
+    return backend_of("norm_rope", tensor, reference, cpu)
+
+
 def _norm_rope(
     x: Tensor,
     weight: Tensor,
@@ -92,7 +98,7 @@ def _norm_rope(
     interleaved: bool,
 ) -> tuple[Tensor, Tensor]:
     check_norm_rope(x, weight, first_weight, first_tokens, cos, sin)
-    return reference.norm_rope(
+    return _backend(x).norm_rope(
         x.contiguous(),
         weight.contiguous(),
         contiguous(first_weight),
@@ -133,7 +139,7 @@ def _norm_rope_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     check_norm_rope(y, weight, first_weight, first_tokens, cos, sin)
     check_norm_rope_backward(dy, y, rstd)
-    return reference.norm_rope_backward(
+    return _backend(dy).norm_rope_backward(
         dy.contiguous(),
         y.contiguous(),
         rstd.contiguous(),
