@@ -27,6 +27,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from ..config import COATConfig
+from ..ops.activation_quant import ActivationQuantized, dequantize_activation, quantize_activation
 from .replay import Watch, is_plain
 
 #: Rows shorter than this are statistics and the outputs of LoRA's A: little to gain, much to lose.
@@ -76,23 +77,15 @@ class View:
 class Packed:
     """The values of a storage in 8 bits."""
 
-    codes: Tensor
-    scale: Tensor
-    fmt: str
-    group_size: int
+    quantized: ActivationQuantized
     dtype: torch.dtype
 
     @classmethod
     def of(cls, tensor: Tensor, fmt: str, group_size: int) -> Packed:
-        codes, scale = torch.ops.coat_kernels.quantize_activation(tensor, fmt, group_size)
-        return cls(codes, scale, fmt, group_size, tensor.dtype)
-
-    @property
-    def nbytes(self) -> int:
-        return self.codes.nbytes + self.scale.nbytes
+        return cls(quantize_activation(tensor, fmt, group_size), tensor.dtype)
 
     def __call__(self) -> Tensor:
-        return torch.ops.coat_kernels.dequantize_activation(self.codes, self.scale, self.fmt, self.group_size, self.dtype)
+        return dequantize_activation(self.quantized, self.dtype)
 
 
 @dataclass
@@ -284,7 +277,7 @@ class compress_saved_activations:  # a context manager, named as torch names its
                 found.packed = Packed.of(flat, fmt, group_size)
             found.version, found.rebuild = tensor._version, None
             self.tally.bytes_before += tensor.untyped_storage().nbytes()
-            self.tally.bytes_after += found.packed.nbytes
+            self.tally.bytes_after += found.packed.quantized.nbytes
         return found.packed
 
 
