@@ -82,7 +82,7 @@ Run choose(const ActivationJob& job) {
 }  // namespace
 
 void activation(const ActivationJob& job, int64_t begin, int64_t end) {
-  const Run run = job.kind == Activation::kSilu    ? choose<Activation::kSilu>(job)
+  const Run run = job.kind == Activation::kSilu   ? choose<Activation::kSilu>(job)
                   : job.kind == Activation::kGelu ? choose<Activation::kGelu>(job)
                                                   : choose<Activation::kGeluTanh>(job);
   const int64_t pieces = (job.width + kBlock - 1) / kBlock;

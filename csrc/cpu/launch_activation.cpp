@@ -12,7 +12,8 @@ bool in_one_piece(const ActivationJob& job, const ActivationOperand& operand) {
 void flatten(ActivationJob* job) {
   const bool grouped = job->gate.codes != nullptr || job->out_amax != nullptr;
   const bool halves = job->dy != nullptr && job->gated();  // out has a row of its own for each row
-  if (halves || (grouped && job->width % job->format.group_size != 0) || !in_one_piece(*job, job->gate) || !in_one_piece(*job, job->up)) return;
+  if (halves || (grouped && job->width % job->format.group_size != 0) || !in_one_piece(*job, job->gate) || !in_one_piece(*job, job->up))
+    return;
   job->width *= job->rows;
   job->rows = 1;
   job->gate.stride = job->up.stride = job->width;

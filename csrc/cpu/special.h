@@ -22,10 +22,10 @@ COAT_SIMD_INLINE F polynomial(const float (&c)[n], F t) {
 // 2^p, relative error 1.6e-7; 0 from p = -127 down, inf from 128 up, exactly.
 COAT_SIMD_INLINE F exp2(F p) {
   // minimax on [-1/2, 1/2] with the value 1 at 0, own fit: 9.1e-8
-  constexpr float kPower[] = {1.0f, 0.6931470036506653f, 0.24022242426872253f, 0.05550733581185341f, 0.009671512991189957f,
-                              0.001326472731307149f};
-  constexpr float kMagic = 12582912.0f;                        // 1.5 * 2^23: the sum's low bits are p, rounded
-  p = min(set1(128.0f), max(set1(-127.0f), p));                // of two operands the second is returned if one is NaN
+  constexpr float kPower[] = {
+      1.0f, 0.6931470036506653f, 0.24022242426872253f, 0.05550733581185341f, 0.009671512991189957f, 0.001326472731307149f};
+  constexpr float kMagic = 12582912.0f;          // 1.5 * 2^23: the sum's low bits are p, rounded
+  p = min(set1(128.0f), max(set1(-127.0f), p));  // of two operands the second is returned if one is NaN
   const F shifted = add(p, set1(kMagic)), rest = sub(p, sub(shifted, set1(kMagic)));
   return as_float(add(as_int(polynomial(kPower, rest)), shl<23>(as_int(shifted))));
 }
@@ -36,7 +36,7 @@ COAT_SIMD_INLINE F negative_logit(F x, F t) {
   if (kind == Activation::kSilu) return mul(x, set1(-1.44269504f));
   if (kind == Activation::kGeluTanh) return mul(x, fma(t, set1(-0.102943242f), set1(-2.30220819f)));  // 2 sqrt(2 / pi) (0.044715 t + 1)
   // minimax of the odds' logarithm over x, own fit on |x| <= 6 with weights max(Phi (1 - Phi), 1e-5) x: 4.0e-7 in Phi, 3 % of Phi at -6
-  constexpr float kOdds[] = {-2.302199125289917f,    -0.10487488657236099f, 0.00013197999214753509f, 0.00014619779540225863f,
+  constexpr float kOdds[] = {-2.302199125289917f,     -0.10487488657236099f,  0.00013197999214753509f, 0.00014619779540225863f,
                              -9.456181942368858e-06f, 2.603019026992115e-07f, -2.6482906978486653e-09f};
   return mul(x, polynomial(kOdds, t));
 }
@@ -58,7 +58,7 @@ COAT_SIMD_INLINE F activation_slope(F x, F* value) {
   const F bounded = min(set1(1e6f), t);  // far beyond where rest is 0, so that no inf meets it
   if (kind == Activation::kGeluTanh) return fma(rest, fma(bounded, set1(0.214064448f), set1(1.59576912f)), s);
   // phi / (s (1 - s)) with the s above, own fit: 9.6e-7 in f'
-  constexpr float kSlope[] = {1.5957480669021606f,   0.21809552609920502f,    -0.0004258745757397264f, -0.0007386816432699561f,
+  constexpr float kSlope[] = {1.5957480669021606f,  0.21809552609920502f,    -0.0004258745757397264f, -0.0007386816432699561f,
                               6.6590124333743e-05f, -2.709689397306647e-06f, 4.5954216432164685e-08f};
   return fma(rest, polynomial(kSlope, bounded), s);
 }
