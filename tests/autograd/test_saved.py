@@ -199,6 +199,17 @@ def test_a_view_of_part_of_a_storage(x):
     assert sqnr(12 * x.detach(), x.grad) > 25
 
 
+@pytest.mark.parametrize(
+    ("shape", "row"), [((2, 64, 20, 20), 400), ((2, 8, 64, 96), 96), ((2, 1, 1, 40), 80), ((2, 40, 16), 16), ((128,), 128)]
+)
+def test_rows_of_images_and_heads_are_joined_until_they_are_long_enough(shape, row):
+    assert saved._row(torch.empty(shape)) == row
+
+
+def test_heads_of_another_memory_order_are_joined_too():
+    assert saved._row(torch.empty(2, 50, 8, 40).transpose(1, 2)) == 320
+
+
 def test_nothing_is_left_when_the_graph_is_gone(x):
     x.requires_grad_()
     reader = nn.Linear(WIDTH, 16)
@@ -244,3 +255,35 @@ def test_bad_input():
         compress_saved_activations({"activation_format": "e4m3"})
     with pytest.raises(ValueError, match="'compress' or 'keep'"):
         compress_saved_activations(unregistered="drop")
+
+
+def test_inside_the_context_compiled_functions_are_left_to_the_compiler(x):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.GELU(), nn.Linear(WIDTH, WIDTH))
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    expected = torch.autograd.grad(model(x).square().sum(), model.parameters())
+    with compress_saved_activations():
+        out = compiled(x)
+    actual = torch.autograd.grad(out.square().sum(), model.parameters())
+    assert min(sqnr(a, b) for a, b in zip(expected, actual, strict=True)) > 100
+
+
+def test_queries_and_keys_share_their_storage_with_attention():
+    from coat_kernels.autograd.norm_rope import norm_rope
+
+    x = torch.randn(2, 32, 2, 128, requires_grad=True)
+    weight = torch.rand(128) + 0.5
+    angle = torch.rand(32, 64).repeat_interleave(2, -1)
+    for attention_format, each in ((None, 4), ("int8", 1)):
+        context = compress_saved_activations(COATConfig(attention_format=attention_format))
+
+        def run(context=context):
+            with context:
+                q, k = (norm_rope(x, weight, angle.cos(), angle.sin(), eps=1e-6).transpose(1, 2) for _ in range(2))
+                return F.scaled_dot_product_attention(q, k, q)
+
+        out, alive = saved_bytes(run)
+        large = [size for name, size in alive.items() if name.startswith(("norm_rope", "quantize")) and size >= x.numel()]
+        # q and k; the output is the caller's unless it is packed
+        assert sum(large) == (2 if attention_format is None else 3) * each * x.numel(), alive
+        out.sum().backward()
