@@ -2,6 +2,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include "bind_activation.h"
 #include "bind_activation_quant.h"
 #include "bind_came.h"
 #include "bind_norm.h"
@@ -172,4 +173,5 @@ PYBIND11_MODULE(_C, m) {
   bind_came(m);
   bind_activation_quant(m);
   bind_norm(m);
+  bind_activation(m);
 }

@@ -6,6 +6,7 @@
 
 #include "../formats/codecs.h"
 #include "../formats/parameters.h"
+#include "activation.h"
 #include "activation_quant.h"
 #include "blockwise.h"
 #include "came_8bit.h"
@@ -104,6 +105,7 @@ struct Kernels {
   void (*norm_rope_backward)(const NormRopeBackwardJob&, float* memory, int64_t begin, int64_t end, float* dweight, float* dfirst_weight);
   void (*gated_residual)(const GatedResidualJob&, float* memory, int64_t begin, int64_t end);
   void (*gated_residual_backward)(const GatedResidualBackwardJob&, float* memory, int64_t begin, int64_t end, float* dgate);
+  void (*activation)(const ActivationJob&, int64_t begin, int64_t end);
 };
 
 constexpr int kBlock = 1024;  // elements that a kernel works on at a time: its buffers stay in L1
@@ -127,6 +129,7 @@ constexpr int kMinGroup = 32, kMaxGroup = 256;
   void norm_rope_backward(const NormRopeBackwardJob&, float* memory, int64_t begin, int64_t end, float* dweight, float* dfirst_weight); \
   void gated_residual(const GatedResidualJob&, float* memory, int64_t begin, int64_t end); \
   void gated_residual_backward(const GatedResidualBackwardJob&, float* memory, int64_t begin, int64_t end, float* dgate); \
+  void activation(const ActivationJob&, int64_t begin, int64_t end); \
   constexpr Kernels kKernels{#isa, \
     quantize, \
     dequantize, \
@@ -144,6 +147,7 @@ constexpr int kMinGroup = 32, kMaxGroup = 256;
     norm_rope_backward, \
     gated_residual, \
     gated_residual_backward, \
+    activation, \
   }; }
 // clang-format on
 COAT_DECLARE_KERNELS(generic)
