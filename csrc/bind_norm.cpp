@@ -36,8 +36,8 @@ void norm(uintptr_t x, int dtype, int64_t rows, int64_t row, uintptr_t gain, int
 }
 
 void norm_from_codes(uintptr_t codes, int codes_dtype, uintptr_t scale, int64_t rows, int64_t row, uintptr_t gain, int gain_dtype,
-                     uintptr_t shift, int shift_dtype, bool plus_one, int64_t segment_rows, int fmt, int group_size, uintptr_t y,
-                     int dtype, int threads) {
+                     uintptr_t shift, int shift_dtype, bool plus_one, int64_t segment_rows, int fmt, int group_size, uintptr_t y, int dtype,
+                     int threads) {
   check_scaled(fmt, group_size, true);
   const coat::NormFromCodesJob job{pointer<const void>(codes),
                                    pointer<const float>(scale),
@@ -74,9 +74,9 @@ void norm_backward(uintptr_t dy, int dtype, int64_t rows, int64_t row, uintptr_t
   coat::norm_backward(job, segments, pointer<float>(dgain), pointer<float>(dshift), threads);
 }
 
-coat::NormRopeShape norm_rope_shape(int dtype, int64_t rows, int64_t row, int64_t heads, int64_t tokens, uintptr_t weight,
-                                    int weight_dtype, uintptr_t first_weight, int first_weight_dtype, int64_t first_tokens, uintptr_t cos,
-                                    uintptr_t sin, int table_dtype, int64_t table_tokens, bool interleaved) {
+coat::NormRopeShape norm_rope_shape(int dtype, int64_t rows, int64_t row, int64_t heads, int64_t tokens, uintptr_t weight, int weight_dtype,
+                                    uintptr_t first_weight, int first_weight_dtype, int64_t first_tokens, uintptr_t cos, uintptr_t sin,
+                                    int table_dtype, int64_t table_tokens, bool interleaved) {
   return {dtype_of(dtype),
           rows,
           row,
@@ -152,9 +152,9 @@ void bind_norm(py::module_& m) {
         py::arg("shift_dtype"), py::arg("plus_one"), py::arg("segment_rows"), py::arg("center"), py::arg("eps"), py::arg("fmt"),
         py::arg("group_size"), py::arg("y"), py::arg("codes"), py::arg("scale"), py::arg("rstd"), py::arg("y_amax"), py::arg("threads"));
   m.def("norm_from_codes", &norm_from_codes, "codes, scale -> y.", py::kw_only(), py::arg("codes"), py::arg("codes_dtype"),
-        py::arg("scale"), py::arg("rows"), py::arg("row"), py::arg("gain"), py::arg("gain_dtype"), py::arg("shift"),
-        py::arg("shift_dtype"), py::arg("plus_one"), py::arg("segment_rows"), py::arg("fmt"), py::arg("group_size"), py::arg("y"),
-        py::arg("dtype"), py::arg("threads"));
+        py::arg("scale"), py::arg("rows"), py::arg("row"), py::arg("gain"), py::arg("gain_dtype"), py::arg("shift"), py::arg("shift_dtype"),
+        py::arg("plus_one"), py::arg("segment_rows"), py::arg("fmt"), py::arg("group_size"), py::arg("y"), py::arg("dtype"),
+        py::arg("threads"));
   m.def("norm_backward", &norm_backward, "dy, codes, scale, rstd -> dx, dgain and dshift [segments, row].", py::kw_only(), py::arg("dy"),
         py::arg("dtype"), py::arg("rows"), py::arg("row"), py::arg("codes"), py::arg("codes_dtype"), py::arg("scale"), py::arg("rstd"),
         py::arg("gain"), py::arg("gain_dtype"), py::arg("plus_one"), py::arg("segment_rows"), py::arg("center"), py::arg("fmt"),
@@ -173,6 +173,6 @@ void bind_norm(py::module_& m) {
         py::arg("gate_dtype"), py::arg("fmt"), py::arg("group_size"), py::arg("y"), py::arg("codes"), py::arg("scale"), py::arg("threads"));
   m.def("gated_residual_backward", &gated_residual_backward, "dy, codes, scale, gate -> dx, dgate [segments, row].", py::kw_only(),
         py::arg("dy"), py::arg("dtype"), py::arg("rows"), py::arg("row"), py::arg("segments"), py::arg("gate"), py::arg("gate_dtype"),
-        py::arg("codes"), py::arg("scale"), py::arg("codes_dtype"), py::arg("fmt"), py::arg("group_size"), py::arg("dx"),
-        py::arg("dgate"), py::arg("threads"));
+        py::arg("codes"), py::arg("scale"), py::arg("codes_dtype"), py::arg("fmt"), py::arg("group_size"), py::arg("dx"), py::arg("dgate"),
+        py::arg("threads"));
 }

@@ -8,7 +8,7 @@ from torch import Tensor
 #: Half a unit in the last place, relative, and half the smallest step, absolute.
 _DTYPES = {
     torch.float32: (2.0**-24, 2.0**-150),
-    torch.bfloat16: (2.0**-9, 2.0**-134),
+    torch.bfloat16: (2.0**-8, 2.0**-134),
     torch.float16: (2.0**-11, 2.0**-25),
 }
 #: The same of a code; int8 has steps of one size.

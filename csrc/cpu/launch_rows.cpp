@@ -29,8 +29,7 @@ void each_row(int64_t rows, int64_t row, int threads, int64_t floats, const std:
   parallel(rows, rows * row, threads, [&](int64_t begin, int64_t end) { work(memory[next++].get(), begin, end); });
 }
 
-void sum_rows(const RowSums& sums, int threads, int64_t floats,
-              const std::function<void(float*, int64_t, int64_t, float*, float*)>& work) {
+void sum_rows(const RowSums& sums, int threads, int64_t floats, const std::function<void(float*, int64_t, int64_t, float*, float*)>& work) {
   const int64_t padded = padded_row(sums.row), segment_rows = sums.rows / sums.segments;
   const int64_t block_rows = std::max<int64_t>(kBlockElements / sums.row, 1), per_segment = num_groups(segment_rows, block_rows);
   const int64_t blocks = sums.segments * per_segment;
@@ -62,7 +61,8 @@ void sum_rows(const RowSums& sums, int threads, int64_t floats,
         const int64_t segment = unit / chunks, first = unit % chunks * kColumns, count = std::min(kColumns, sums.row - first);
         double total[kColumns] = {};
         for (int64_t block = segment * per_segment; block < (segment + 1) * per_segment; ++block) {
-          for (int64_t i = 0; i < count; ++i) total[i] += static_cast<double>(partial[k][static_cast<size_t>(block * sums.row + first + i)]);
+          for (int64_t i = 0; i < count; ++i)
+            total[i] += static_cast<double>(partial[k][static_cast<size_t>(block * sums.row + first + i)]);
         }
         for (int64_t i = 0; i < count; ++i) sums.out[k][segment * sums.row + first + i] = static_cast<float>(total[i]);
       }

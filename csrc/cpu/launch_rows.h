@@ -16,7 +16,6 @@ struct RowSums {
   int64_t rows, row, segments;
   float* out[2];
 };
-void sum_rows(const RowSums& sums, int threads, int64_t floats,
-              const std::function<void(float*, int64_t, int64_t, float*, float*)>& work);
+void sum_rows(const RowSums& sums, int threads, int64_t floats, const std::function<void(float*, int64_t, int64_t, float*, float*)>& work);
 
 }  // namespace coat

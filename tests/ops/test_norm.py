@@ -230,9 +230,9 @@ def test_outliers_cost_little() -> None:
 def test_the_reference_tells_a_wrong_mean_apart() -> None:
     """The bounds of these tests refuse a forward pass that forgets to subtract the mean from the last element."""
     case = Case("layer-none", 100, torch.float32, torch.device("cpu"))
-    y = reference.norm(
-        case.x, None, None, center=True, plus_one=False, eps=EPS, fmt="e4m3", group_size=128, amax=False, save=False
-    )[0].view(case.y.shape)
+    y = reference.norm(case.x, None, None, center=True, plus_one=False, eps=EPS, fmt="e4m3", group_size=128, amax=False, save=False)[
+        0
+    ].view(case.y.shape)
     bound = case.xhat_error + 4 * U32 * case.y.abs()
     assert within(y, case.y, bound + stored(case.y, y.dtype))
     y[:, -1] += 1e-4
