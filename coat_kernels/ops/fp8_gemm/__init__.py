@@ -7,7 +7,7 @@ this package: `torch._scaled_mm` multiplies.
 from __future__ import annotations
 
 import warnings
-from functools import lru_cache
+from functools import cache, lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -30,7 +30,7 @@ def gemm_mode(device: torch.device) -> str:
     return "fp8" if torch.cuda.get_device_capability(device) >= FP8_CAPABILITY else "storage"
 
 
-@lru_cache(maxsize=None)
+@cache
 def say_storage(device: torch.device) -> None:
     """Warn, once a device, that a GPU multiplies in the activations' dtype because it cannot multiply FP8."""
     if device.type == "cuda" and gemm_mode(device) == "storage":
