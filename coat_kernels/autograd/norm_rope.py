@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..ops.norm_rope import check_norm_rope_weight
+from . import saved
 
 __all__ = ["check_norm_rope_weight", "norm_rope"]
 
@@ -85,5 +86,6 @@ def norm_rope(
     if not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)):
         plain: Tensor = torch.ops.coat_kernels.norm_rope(x, weight, first_weight, first_tokens, cos, sin, eps, interleaved)[0]
         return plain
-    y: Tensor = _NormRope.apply(x, weight, first_weight, first_tokens, cos, sin, eps, interleaved)
+    with saved.attention_operand(x.shape):
+        y: Tensor = _NormRope.apply(x, weight, first_weight, first_tokens, cos, sin, eps, interleaved)
     return y
