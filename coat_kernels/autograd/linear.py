@@ -97,10 +97,10 @@ def stored_linear(x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None =
         bias: [N].
         per_row: of x's scale, in an FP8 product.
     """
-    x, dtype = _autocast(x)
+    x, _ = _autocast(x)
     mode = _mode(x) if x.dtype != torch.float64 and x.numel() else "storage"
     x_codes, x_scale = shared_codes(x, per_row) if mode == "fp8" else (None, None)
-    return _StoredLinear.apply(x, codes, scale, bias, x_codes, x_scale, dtype, mode, per_row)
+    return _StoredLinear.apply(x, codes, scale, bias, x_codes, x_scale, mode, per_row)
 
 
 def _autocast(x: Tensor) -> tuple[Tensor, torch.dtype | None]:
@@ -119,8 +119,8 @@ def _rebuilds(x: Tensor) -> bool:
     return not torch.compiler.is_compiling() and saved.can_rebuild(x)
 
 
-def _cast(tensor: Tensor | None, dtype: torch.dtype | None) -> Tensor | None:
-    return tensor if tensor is None or dtype is None else tensor.to(dtype)
+def _cast(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+    return tensor if dtype is None else tensor.to(dtype)
 
 
 def _forward_fp8(x_codes: Codes, weight: Codes, bias: Tensor | None, x: Tensor) -> Tensor:
@@ -182,7 +182,7 @@ class _Linear(torch.autograd.Function):
         if mode == "fp8":
             assert x_codes is not None and x_scale is not None
             return _forward_fp8((x_codes, x_scale), quantize(weight, "e4m3", per_row), bias, x)
-        return F.linear(x, _cast(weight, dtype), _cast(bias, dtype))
+        return F.linear(x, _cast(weight, dtype), None if bias is None else _cast(bias, dtype))
 
     @staticmethod
     @once_differentiable
@@ -221,7 +221,6 @@ class _StoredLinear(torch.autograd.Function):
         bias: Tensor | None,
         x_codes: Tensor | None,
         x_scale: Tensor | None,
-        dtype: torch.dtype | None,
         mode: str,
         per_row: bool,
     ) -> Tensor:
@@ -232,7 +231,7 @@ class _StoredLinear(torch.autograd.Function):
             assert x_codes is not None and x_scale is not None
             scale = scale.expand(codes.shape[0], 1) if per_row else scale
             return _forward_fp8((x_codes, x_scale), (codes, scale), bias, x)
-        return F.linear(x, decode((codes, scale), x.dtype), _cast(bias, dtype or x.dtype))
+        return F.linear(x, decode((codes, scale), x.dtype), None if bias is None else bias.to(x.dtype))
 
     @staticmethod
     @once_differentiable
@@ -248,4 +247,4 @@ class _StoredLinear(torch.autograd.Function):
             dx = dx.reshape(ctx.x_shape)
         if ctx.needs_input_grad[3]:
             dbias = rows.sum(0).to(ctx.bias_dtype)
-        return dx, None, None, dbias, None, None, None, None, None
+        return dx, None, None, dbias, None, None, None, None

@@ -221,7 +221,7 @@ def convert_flux_attention(attn: nn.Module, config: COATConfig) -> str:
     if type(attn.processor) is not flux.FluxAttnProcessor:
         raise Unconvertible(f"its processor is {type(attn.processor).__name__}, not FluxAttnProcessor")
     _check_head_norms(attn)
-    attn.processor = NormRopeProcessor(attn.processor)
+    attn.processor = NormRopeProcessor(attn.processor)  # type: ignore[assignment]
     attn.register_load_state_dict_post_hook(_check_loaded)
     return "attention with norm_rope"
 

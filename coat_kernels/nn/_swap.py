@@ -40,7 +40,7 @@ def _swapped_class(forward: type, original: type) -> type:
 
 
 def _new(forward: type, original: type) -> Any:
-    made = _swapped_class(forward, original)
+    made: Any = _swapped_class(forward, original)
     return made.__new__(made)
 
 
@@ -49,8 +49,9 @@ def swap(module: nn.Module, forward: type[Saving8Bit], config: COATConfig) -> No
 
     A class of this package that is a subclass of the module's class replaces it whole.
     """
-    original = type(module)
-    module.__class__ = forward if issubclass(forward, original) else _swapped_class(forward, original)
+    original: Any = type(module)
+    made: Any = forward if issubclass(forward, original) else _swapped_class(forward, original)  # type: ignore[arg-type]
+    module.__class__ = made
     module.coat_config = config  # type: ignore[assignment]
 
 

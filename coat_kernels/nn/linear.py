@@ -133,15 +133,15 @@ class _StoredLinear(FP8Linear):
 
     def _unstore(self, weight: Tensor) -> None:
         warnings.warn(
-            f"a weight of shape {tuple(weight.shape)} that was stored in FP8 was written to: it is kept in {weight.dtype} from now on, since "
-            "FP8 would round most of a merged adapter away",
+            f"a weight of shape {tuple(weight.shape)} that was stored in FP8 was written to: it is kept in {weight.dtype} from now on, "
+            "since FP8 would round most of a merged adapter away",
             CoatWarning,
             stacklevel=4,
         )
         for name in ("weight_codes", "weight_scale", "weight_dtype"):
             del self.__dict__[name]
-        self.__class__ = FP8Linear
-        self.weight = weight if isinstance(weight, nn.Parameter) else nn.Parameter(weight.detach(), requires_grad=False)
+        self.__class__ = FP8Linear  # type: ignore[assignment]
+        self.weight = weight if isinstance(weight, nn.Parameter) else nn.Parameter(weight.detach(), requires_grad=False)  # type: ignore[misc]
 
     def store_weight(self) -> None:
         """Nothing to do: it is stored."""
@@ -198,14 +198,16 @@ class _StoredWeight(Tensor):
     @staticmethod
     def __new__(cls, layer: _StoredLinear) -> _StoredWeight:
         codes = layer.weight_codes
-        view = Tensor._make_wrapper_subclass(cls, codes.shape, dtype=layer.weight_dtype, device=codes.device)  # type: ignore[attr-defined]
+        view = Tensor._make_wrapper_subclass(cls, codes.shape, dtype=layer.weight_dtype, device=codes.device)
         view._layer = layer
         return view
 
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__: Any = torch._C._disabled_torch_function_impl
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         given = dict(zip((each.name for each in func._schema.arguments), args, strict=False)) | (kwargs or {})
         for each in func._schema.arguments:
             if each.alias_info is not None and each.alias_info.is_write and isinstance(given.get(each.name), cls):
@@ -220,19 +222,19 @@ class _StoredWeight(Tensor):
         return func(*torch.utils._pytree.tree_map(values, args), **torch.utils._pytree.tree_map(values, kwargs or {}))
 
     @property
-    def data(self) -> Tensor:  # type: ignore[override]
+    def data(self) -> Tensor:
         return self._layer.decoded_weight()
 
     @data.setter
     def data(self, value: Tensor) -> None:
-        self._layer.weight = value
+        self._layer.weight = value  # type: ignore[misc]
 
     def requires_grad_(self, requires_grad: bool = True) -> _StoredWeight:
         if requires_grad:
             raise RuntimeError("a weight that is stored in FP8 cannot be trained; assign a plain one first (layer.weight.data = tensor)")
         return self
 
-    def __repr__(self) -> str:  # type: ignore[override]
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"weight stored in FP8, decoded:\n{self._layer.decoded_weight()}"
 
 

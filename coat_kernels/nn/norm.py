@@ -34,7 +34,7 @@ def path_of(cls: type) -> str:
 class RMSNormForward(Saving8Bit):
     """The forward pass of every class in `RMS_NORMS`."""
 
-    weight: Tensor | None
+    weight: Any  # a parameter or None
     coat_rms: tuple[str, str, bool] = RMS_NORMS["torch.nn.modules.normalization.RMSNorm"]
 
     def forward(self, x: Tensor) -> Tensor:
@@ -107,7 +107,7 @@ class FP8LayerNorm(Saving8Bit, nn.LayerNorm):
         *,
         config: COATConfig | None = None,
     ) -> None:
-        super().__init__(normalized_shape, eps, elementwise_affine, bias, device, dtype)  # type: ignore[arg-type]
+        super().__init__(normalized_shape, eps, elementwise_affine, bias, device, dtype)
         _check_one_dimension(self.normalized_shape)
         self.coat_config = config or COATConfig()
 

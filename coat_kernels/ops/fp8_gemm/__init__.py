@@ -7,7 +7,7 @@ this package: `torch._scaled_mm` multiplies.
 from __future__ import annotations
 
 import warnings
-from functools import cache, lru_cache
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -50,7 +50,8 @@ def check_fp8_matmul(a: Tensor, scale_a: Tensor, b: Tensor, scale_b: Tensor, a_f
             raise ValueError(f"{name} must be uint8 codes with two dimensions, got {codes.dtype} {tuple(codes.shape)}")
         if scale.dtype != torch.float32 or scale.shape not in ((), (codes.shape[0], 1)):
             raise ValueError(
-                f"scale_{name} must be float32, one number or one a row of {name} ({codes.shape[0]}, 1), got {scale.dtype} {tuple(scale.shape)}"
+                f"scale_{name} must be float32, one number or one a row of {name}, ({codes.shape[0]}, 1), "
+                f"got {scale.dtype} {tuple(scale.shape)}"
             )
     if a.shape[1] != b.shape[1]:
         raise ValueError(f"a {tuple(a.shape)} and b {tuple(b.shape)} must have as many columns: the contracted dimension")
