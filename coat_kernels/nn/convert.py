@@ -47,6 +47,8 @@ _ALL: Rules = {
 #: What users may expect to be converted: left ones are reported.
 _EXPECTED = (nn.Linear, nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.GELU, nn.SiLU)
 _ADAPTERS = "peft.tuners."
+_CONDITIONING = "conditioning: one row a sample"
+_REPLACED = "the 8-bit form of the module that it belongs to does its work"
 
 
 def _walk(model: nn.Module) -> Iterator[tuple[str, nn.Module, str | None]]:
@@ -58,15 +60,15 @@ def _walk(model: nn.Module) -> Iterator[tuple[str, nn.Module, str | None]]:
         if id(module) in seen:
             continue
         seen.add(id(module))
-        yield name, module, reason
+        yield name, module, None if reason == _CONDITIONING and isinstance(module, nn.Linear) else reason
         path = path_of(type(module))
         children = []
         for child_name, child in module.named_children():
             why = reason
             if path.startswith(_ADAPTERS) and child_name.startswith("lora_"):
                 why = "an adapter: small, and trained as it is"
-            elif path.startswith(_diffusers.CONDITIONING) and not isinstance(child, nn.Linear):
-                why = "conditioning: one row a sample"
+            elif path.startswith(_diffusers.CONDITIONING):
+                why = _CONDITIONING
             children.append((f"{name}.{child_name}" if name else child_name, child, why))
         pending += reversed(children)
 
@@ -74,11 +76,11 @@ def _walk(model: nn.Module) -> Iterator[tuple[str, nn.Module, str | None]]:
 def _convert_modules(model: nn.Module, config: COATConfig, filter_fn: Filter | None, rules: Rules) -> ConversionReport:
     converted: list[ReportRow] = []
     left: list[ReportRow] = []
-    replaced: dict[int, str] = {}  # children that a converted parent no longer calls
+    replaced: set[int] = set()  # children that their converted parents no longer need in 8 bits
     for name, module, reason in list(_walk(model)):
         rule, kind = rules.get(path_of(type(module))), type(module).__name__
         if id(module) in replaced:
-            left.append(ReportRow(name, kind, f"{replaced[id(module)]} does its work"))
+            left.append(ReportRow(name, kind, _REPLACED))
             continue
         if rule is None or reason is not None:
             expected = rules is _ALL and isinstance(module, _EXPECTED)
@@ -97,9 +99,7 @@ def _convert_modules(model: nn.Module, config: COATConfig, filter_fn: Filter | N
         except Unconvertible as why:
             left.append(ReportRow(name, kind, str(why)))
             continue
-        for child in children:
-            if isinstance(getattr(module, child, None), nn.Module):
-                replaced[id(getattr(module, child))] = name
+        replaced |= {id(getattr(module, child, None)) for child in children}
     return ConversionReport(tuple(converted), tuple(left))
 
 

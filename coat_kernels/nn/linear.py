@@ -133,8 +133,8 @@ class _StoredLinear(FP8Linear):
 
     def _unstore(self, weight: Tensor) -> None:
         warnings.warn(
-            f"a weight of shape {tuple(weight.shape)} that was stored in FP8 was written to: it is kept in {weight.dtype} from now on, "
-            "since FP8 would round most of a merged adapter away",
+            f"a weight that was stored in FP8 was written to: it is kept in {weight.dtype} from now on, since FP8 would round most of a "
+            "merged adapter away",
             CoatWarning,
             stacklevel=4,
         )
