@@ -70,7 +70,9 @@ def check_dequantize_activation(codes: Tensor, scale: Tensor, fmt: str, group_si
         raise ValueError("groups run along the last dimension and codes of shape () have none; pass codes.view(1)")
     want = (*codes.shape[:-1], num_row_groups(codes.shape[-1], group_size))
     if tuple(scale.shape) != want:
-        raise ValueError(f"codes of shape {tuple(codes.shape)} in groups of {group_size} need a scale of shape {want}, got {tuple(scale.shape)}")
+        raise ValueError(
+            f"codes of shape {tuple(codes.shape)} in groups of {group_size} need a scale of shape {want}, got {tuple(scale.shape)}"
+        )
     if scale.device != codes.device:
         raise ValueError(f"codes lie on {codes.device} and scale on {scale.device}; they must share a device")
 
