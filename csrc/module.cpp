@@ -2,6 +2,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include "bind_activation.h"
 #include "bind_activation_quant.h"
 #include "bind_came.h"
 #include "cpu/launch.h"
@@ -170,4 +171,5 @@ PYBIND11_MODULE(_C, m) {
         py::arg("grad_scale"), py::arg("threads"));
   bind_came(m);
   bind_activation_quant(m);
+  bind_activation(m);
 }

@@ -6,6 +6,7 @@
 
 #include "../formats/codecs.h"
 #include "../formats/parameters.h"
+#include "activation.h"
 #include "activation_quant.h"
 #include "blockwise.h"
 #include "came_8bit.h"
@@ -94,6 +95,7 @@ struct Kernels {
   void (*came_8bit)(const CameJob&, const CameRow&, float* memory);
   void (*quantize_activation)(const QuantizeActivationJob&, int64_t begin, int64_t end);
   void (*dequantize_activation)(const DequantizeActivationJob&, int64_t begin, int64_t end);
+  void (*activation)(const ActivationJob&, int64_t begin, int64_t end);
 };
 
 constexpr int kBlock = 1024;  // elements that a kernel works on at a time: its buffers stay in L1
@@ -110,6 +112,7 @@ constexpr int kMinGroup = 32, kMaxGroup = 256;
   void came_8bit(const CameJob&, const CameRow&, float* memory); \
   void quantize_activation(const QuantizeActivationJob&, int64_t begin, int64_t end); \
   void dequantize_activation(const DequantizeActivationJob&, int64_t begin, int64_t end); \
+  void activation(const ActivationJob&, int64_t begin, int64_t end); \
   constexpr Kernels kKernels{#isa, \
     quantize, \
     dequantize, \
@@ -120,6 +123,7 @@ constexpr int kMinGroup = 32, kMaxGroup = 256;
     came_8bit, \
     quantize_activation, \
     dequantize_activation, \
+    activation, \
   }; }
 // clang-format on
 COAT_DECLARE_KERNELS(generic)
