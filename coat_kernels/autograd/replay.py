@@ -33,11 +33,13 @@ class Watch(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
         kwargs = kwargs or {}
-        if not torch.is_grad_enabled():
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
             return func(*args, **kwargs)
         if func in _ATTENTION:
             operands = dict(zip(("query", "key", "value"), args, strict=False)) | kwargs
             return self.context.attend(lambda: func(*args, **kwargs), operands["query"], operands["key"], operands["value"])
+        if func is F.linear and args:
+            args = (self._cast_as_autocast_does(args[0]), *args[1:])
         out = func(*args, **kwargs)
         if isinstance(out, Tensor):
             self._watch(out, func, args, kwargs)
@@ -46,6 +48,17 @@ class Watch(TorchFunctionMode):
                 if isinstance(each, Tensor):
                     self._watch(each, None, args, kwargs)
         return out
+
+    def _cast_as_autocast_does(self, x: Tensor) -> Tensor:
+        """Autocast would cast inside of the operation, and what it saved then would be a copy that nobody knows how to rebuild."""
+        if not torch.is_autocast_enabled(x.device.type) or not x.is_floating_point():
+            return x
+        dtype = torch.get_autocast_dtype(x.device.type)
+        if x.dtype in (dtype, torch.float64):
+            return x
+        cast = x.to(dtype)
+        self._watch(cast, Tensor.to, (x, dtype), {})
+        return cast
 
     def _watch(self, out: Tensor, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not out.requires_grad or out.layout != torch.strided or self.context.known(out) is not None:

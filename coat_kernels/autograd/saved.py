@@ -16,7 +16,8 @@ parameters alone.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -220,6 +221,15 @@ class compress_saved_activations:  # a context manager, named as torch names its
         found = self.known(tensor)
         return found is not None and found.rebuild is not None and found.version == tensor._version
 
+    @contextmanager
+    def expect_attention(self, shape: torch.Size) -> Iterator[None]:
+        """A tensor of this shape that nobody has seen yet is attention's if it is saved now."""
+        self._attention_shapes.append(shape)
+        try:
+            yield
+        finally:
+            self._attention_shapes.pop()
+
     def attend(self, run: Callable[[], Any], query: Tensor, key: Tensor, value: Tensor) -> Any:
         """The result of an attention function. What it saves of its operands and its output stays as exact as the user wants it.
 
@@ -228,11 +238,8 @@ class compress_saved_activations:  # a context manager, named as torch names its
         for operand in (query, key, value):
             if operand.requires_grad:
                 self.mark(operand, "attention").rebuild = None
-        self._attention_shapes.append(query.shape[:-1] + value.shape[-1:])
-        try:
+        with self.expect_attention(query.shape[:-1] + value.shape[-1:]):
             out = run()
-        finally:
-            self._attention_shapes.pop()
         if out.requires_grad:
             self.mark(out, "attention")
         return out
@@ -247,7 +254,7 @@ class compress_saved_activations:  # a context manager, named as torch names its
         if found is not None and found.rebuild is not None and found.version == tensor._version:
             return View.of(tensor, found.rebuild)
         if found is None and self._attention_shapes and tensor.shape == self._attention_shapes[-1]:
-            found = self.mark(tensor, "attention")  # its output, which nobody has seen yet
+            found = self.mark(tensor, "attention")
         fmt = self._format(found)
         row = _row(tensor)
         if found is None or fmt is None or row < MIN_ROW or not MIN_NUMEL <= storage_numel(tensor) <= MAX_EXCESS * tensor.numel():
@@ -318,3 +325,9 @@ def can_rebuild(tensor: Tensor) -> bool:
     """Whether saving this tensor costs nothing, since its values can be rebuilt."""
     context = _current()
     return context is not None and context.rebuilds(tensor)
+
+
+def attention_operand(shape: torch.Size) -> AbstractContextManager[None]:
+    """While a function runs that saves its own output of this shape, and attention will read it: both save the same storage, once."""
+    context = None if torch.compiler.is_compiling() else _current()
+    return nullcontext() if context is None else context.expect_attention(shape)

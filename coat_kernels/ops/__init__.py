@@ -1,5 +1,5 @@
 """One folder an op: schema and checks, PyTorch reference, CPU and GPU launchers. Importing this registers them with `torch.library`."""
 
-from . import adamw_fp8, group_quant
+from . import adamw_fp8, gated_residual, group_quant, norm, norm_rope
 
-__all__ = ["adamw_fp8", "group_quant"]
+__all__ = ["adamw_fp8", "gated_residual", "group_quant", "norm", "norm_rope"]

@@ -1,0 +1,256 @@
+"""GELU (exact and tanh), SiLU and their gated forms, with the 8-bit copy that the backward pass reads: schemas, checks, dispatch.
+
+    y = f(x),  dx = dy f'(x)                            coat_kernels::activation, activation_from_codes, activation_backward
+    y = f(gate) up                                      coat_kernels::gated_activation, .._from_codes, .._backward
+
+`fmt` "none" saves nothing: codes and scale come back empty, and the backward ops take x itself as `codes`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...backends import SUPPORT, require_backend
+from ...formats.parameters import PARAM_DTYPES
+from ...formats.scaled8 import check_format, check_group, num_row_groups
+from .._library import LIBRARY
+from . import reference
+
+KINDS = ("gelu_tanh", "gelu", "silu")
+KIND_INDEX = {kind: i for i, kind in enumerate(KINDS)}
+
+_SAVED = "str kind, str fmt, int group_size"
+_GATED_CODES = "Tensor gate_codes, Tensor gate_scale, Tensor up_codes, Tensor up_scale"
+LIBRARY.define(f"activation(Tensor x, {_SAVED}, bool amax) -> (Tensor, Tensor, Tensor, Tensor)")
+LIBRARY.define(f"activation_from_codes(Tensor codes, Tensor scale, {_SAVED}, ScalarType dtype) -> Tensor")
+LIBRARY.define(f"activation_backward(Tensor dy, Tensor codes, Tensor scale, {_SAVED}) -> Tensor")
+LIBRARY.define(f"gated_activation(Tensor gate, Tensor up, {_SAVED}, bool amax) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)")
+LIBRARY.define(f"gated_activation_from_codes({_GATED_CODES}, {_SAVED}, ScalarType dtype) -> Tensor")
+LIBRARY.define(f"gated_activation_backward(Tensor dy, {_GATED_CODES}, {_SAVED}, bool gate_first) -> Tensor")
+
+
+def check_options(kind: str, fmt: str, group_size: int) -> None:
+    if kind not in KINDS:
+        raise ValueError(f"unknown activation {kind!r}; choose one of {', '.join(KINDS)}")
+    check_format(fmt, allow_none=True)
+    check_group(group_size)
+
+
+def check_values(name: str, x: Tensor) -> None:
+    """Tensors that hold numbers: inputs, gradients, and what `fmt` "none" saved."""
+    if x.dtype not in PARAM_DTYPES and not (x.dtype == torch.float64 and x.device.type in ("cpu", "meta")):
+        raise TypeError(f"{name} must be float32, bfloat16 or float16 (on CPUs also float64), got {x.dtype}; convert it with .to(...)")
+    if x.dim() == 0:
+        raise ValueError(f"{name} has no last dimension to make groups of; pass {name}[None]")
+
+
+def check_codes(name: str, codes: Tensor, scale: Tensor, fmt: str, group_size: int) -> None:
+    """A saved tensor: codes with one scale a group, or with `fmt` "none" the values."""
+    if fmt == "none":
+        return check_values(name, codes)
+    if codes.dtype != torch.uint8:
+        raise TypeError(f"{name} of format {fmt!r} must be torch.uint8, got {codes.dtype}; values as they are go with fmt='none'")
+    if codes.dim() == 0:
+        raise ValueError(f"{name} has no last dimension; codes have the shape of the tensor that was encoded")
+    if scale.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"the scale of {name} must be torch.float32, got {scale.dtype}")
+    want = (*codes.shape[:-1], num_row_groups(codes.shape[-1], group_size))
+    if tuple(scale.shape) != want:
+        raise ValueError(
+            f"{name} of shape {tuple(codes.shape)} in groups of {group_size} has a scale of shape {want}, got {tuple(scale.shape)}"
+        )
+    if scale.device != codes.device:
+        raise ValueError(f"{name} is on {codes.device} and its scale on {scale.device}; move them to one device")
+
+
+def check_alike(name: str, x: Tensor, other_name: str, other: Tensor, *, dtype: bool = True) -> None:
+    if x.shape != other.shape or x.device != other.device or (dtype and x.dtype != other.dtype):
+        raise ValueError(
+            f"{name} and {other_name} must agree in shape, device{' and dtype' if dtype else ''}: got {tuple(x.shape)} {x.dtype} on "
+            f"{x.device} and {tuple(other.shape)} {other.dtype} on {other.device}"
+        )
+
+
+def _backend(x: Tensor, exact: bool) -> Any:
+    """The launcher for tensors on x's device; float64 (`exact`) is the reference's alone."""
+    if x.device.type == "cpu" and (exact or not any(row.op == "activation" for row in SUPPORT)):
+        return reference
+    chosen = require_backend("activation", x.device)
+    if chosen == "reference":
+        return reference
+    return import_module({"Triton": ".triton", "C++": ".cpu"}[chosen], __package__)
+
+
+def _is_exact(*tensors: Tensor) -> bool:
+    return any(t.dtype == torch.float64 for t in tensors)
+
+
+def as_rows(x: Tensor) -> tuple[Tensor, int]:
+    """`x`, or a contiguous copy of it, whose rows lie one after the other at the distance that comes with it."""
+    width = x.shape[-1]
+    stride = width
+    if x.stride(-1) == 1 or width == 1:
+        steps = [(size, step) for size, step in zip(x.shape[:-1], x.stride()[:-1], strict=True) if size != 1]
+        outer = [step for _, step in steps]
+        if all(outer[i] == outer[i + 1] * steps[i + 1][0] for i in range(len(outer) - 1)):
+            stride = outer[-1] if outer else width
+            if stride >= width:
+                return x, stride
+    return x.contiguous(), width
+
+
+def _activation(x: Tensor, kind: str, fmt: str, group_size: int, amax: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    check_options(kind, fmt, group_size)
+    check_values("x", x)
+    return _backend(x, _is_exact(x)).activation(x.contiguous(), kind=kind, fmt=fmt, group_size=group_size, amax=amax)
+
+
+def _activation_from_codes(codes: Tensor, scale: Tensor, kind: str, fmt: str, group_size: int, dtype: torch.dtype) -> Tensor:
+    check_options(kind, fmt, group_size)
+    check_codes("codes", codes, scale, fmt, group_size)
+    launcher = _backend(codes, dtype == torch.float64 or _is_exact(codes, scale))
+    return launcher.activation_from_codes(codes.contiguous(), scale.contiguous(), kind=kind, fmt=fmt, group_size=group_size, dtype=dtype)
+
+
+def _activation_backward(dy: Tensor, codes: Tensor, scale: Tensor, kind: str, fmt: str, group_size: int) -> Tensor:
+    check_options(kind, fmt, group_size)
+    check_values("dy", dy)
+    check_codes("codes", codes, scale, fmt, group_size)
+    check_alike("dy", dy, "codes", codes, dtype=False)
+    launcher = _backend(dy, _is_exact(dy, codes, scale))
+    return launcher.activation_backward(dy.contiguous(), codes.contiguous(), scale.contiguous(), kind=kind, fmt=fmt, group_size=group_size)
+
+
+def _gated_activation(
+    gate: Tensor, up: Tensor, kind: str, fmt: str, group_size: int, amax: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    check_options(kind, fmt, group_size)
+    check_values("gate", gate)
+    check_alike("gate", gate, "up", up)
+    return _backend(gate, _is_exact(gate)).gated_activation(gate, up, kind=kind, fmt=fmt, group_size=group_size, amax=amax)
+
+
+def _check_gated_codes(gate_codes: Tensor, gate_scale: Tensor, up_codes: Tensor, up_scale: Tensor, fmt: str, group_size: int) -> None:
+    check_codes("gate_codes", gate_codes, gate_scale, fmt, group_size)
+    check_codes("up_codes", up_codes, up_scale, fmt, group_size)
+    check_alike("gate_codes", gate_codes, "up_codes", up_codes)
+
+
+def _gated_activation_from_codes(
+    gate_codes: Tensor, gate_scale: Tensor, up_codes: Tensor, up_scale: Tensor, kind: str, fmt: str, group_size: int, dtype: torch.dtype
+) -> Tensor:
+    check_options(kind, fmt, group_size)
+    _check_gated_codes(gate_codes, gate_scale, up_codes, up_scale, fmt, group_size)
+    launcher = _backend(gate_codes, dtype == torch.float64 or _is_exact(gate_codes, gate_scale))
+    saved = (gate_codes, gate_scale.contiguous(), up_codes, up_scale.contiguous())
+    return launcher.gated_activation_from_codes(*saved, kind=kind, fmt=fmt, group_size=group_size, dtype=dtype)
+
+
+def _gated_activation_backward(
+    dy: Tensor,
+    gate_codes: Tensor,
+    gate_scale: Tensor,
+    up_codes: Tensor,
+    up_scale: Tensor,
+    kind: str,
+    fmt: str,
+    group_size: int,
+    gate_first: bool,
+) -> Tensor:
+    check_options(kind, fmt, group_size)
+    check_values("dy", dy)
+    _check_gated_codes(gate_codes, gate_scale, up_codes, up_scale, fmt, group_size)
+    check_alike("dy", dy, "gate_codes", gate_codes, dtype=False)
+    launcher = _backend(dy, _is_exact(dy, gate_codes, gate_scale))
+    saved = (gate_codes, gate_scale.contiguous(), up_codes, up_scale.contiguous())
+    return launcher.gated_activation_backward(dy.contiguous(), *saved, kind=kind, fmt=fmt, group_size=group_size, gate_first=gate_first)
+
+
+def _saved_fake(x: Tensor, fmt: str, group_size: int) -> tuple[Tensor, Tensor]:
+    if fmt == "none":
+        return x.new_empty(0, dtype=torch.uint8), x.new_empty(0, dtype=torch.float32)
+    codes = torch.empty(x.shape, dtype=torch.uint8, device=x.device)
+    return codes, _groups_fake(x, group_size, reference.compute_dtype(x.dtype))
+
+
+def _groups_fake(x: Tensor, group_size: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return x.new_empty((*x.shape[:-1], num_row_groups(x.shape[-1], group_size)), dtype=dtype)
+
+
+def _amax_fake(x: Tensor, group_size: int, amax: bool) -> Tensor:
+    return _groups_fake(x, group_size) if amax else x.new_empty(0, dtype=torch.float32)
+
+
+def _activation_fake(x: Tensor, kind: str, fmt: str, group_size: int, amax: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    check_options(kind, fmt, group_size)
+    check_values("x", x)
+    return x.new_empty(x.shape), *_saved_fake(x, fmt, group_size), _amax_fake(x, group_size, amax)
+
+
+def _activation_from_codes_fake(codes: Tensor, scale: Tensor, kind: str, fmt: str, group_size: int, dtype: torch.dtype) -> Tensor:
+    check_options(kind, fmt, group_size)
+    check_codes("codes", codes, scale, fmt, group_size)
+    return codes.new_empty(codes.shape, dtype=dtype)
+
+
+def _activation_backward_fake(dy: Tensor, codes: Tensor, scale: Tensor, kind: str, fmt: str, group_size: int) -> Tensor:
+    check_options(kind, fmt, group_size)
+    check_values("dy", dy)
+    check_codes("codes", codes, scale, fmt, group_size)
+    check_alike("dy", dy, "codes", codes, dtype=False)
+    return dy.new_empty(dy.shape)
+
+
+def _gated_activation_fake(
+    gate: Tensor, up: Tensor, kind: str, fmt: str, group_size: int, amax: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    check_options(kind, fmt, group_size)
+    check_values("gate", gate)
+    check_alike("gate", gate, "up", up)
+    saved = (*_saved_fake(gate, fmt, group_size), *_saved_fake(up, fmt, group_size))
+    return gate.new_empty(gate.shape), *saved, _amax_fake(gate, group_size, amax)
+
+
+def _gated_activation_from_codes_fake(
+    gate_codes: Tensor, gate_scale: Tensor, up_codes: Tensor, up_scale: Tensor, kind: str, fmt: str, group_size: int, dtype: torch.dtype
+) -> Tensor:
+    check_options(kind, fmt, group_size)
+    _check_gated_codes(gate_codes, gate_scale, up_codes, up_scale, fmt, group_size)
+    return gate_codes.new_empty(gate_codes.shape, dtype=dtype)
+
+
+def _gated_activation_backward_fake(
+    dy: Tensor,
+    gate_codes: Tensor,
+    gate_scale: Tensor,
+    up_codes: Tensor,
+    up_scale: Tensor,
+    kind: str,
+    fmt: str,
+    group_size: int,
+    gate_first: bool,
+) -> Tensor:
+    check_options(kind, fmt, group_size)
+    check_values("dy", dy)
+    _check_gated_codes(gate_codes, gate_scale, up_codes, up_scale, fmt, group_size)
+    check_alike("dy", dy, "gate_codes", gate_codes, dtype=False)
+    return dy.new_empty((*dy.shape[:-1], 2 * dy.shape[-1]))
+
+
+_OPS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
+    "activation": (_activation, _activation_fake),
+    "activation_from_codes": (_activation_from_codes, _activation_from_codes_fake),
+    "activation_backward": (_activation_backward, _activation_backward_fake),
+    "gated_activation": (_gated_activation, _gated_activation_fake),
+    "gated_activation_from_codes": (_gated_activation_from_codes, _gated_activation_from_codes_fake),
+    "gated_activation_backward": (_gated_activation_backward, _gated_activation_backward_fake),
+}
+for _name, (_impl, _fake) in _OPS.items():
+    for _key in ("CPU", "CUDA"):
+        LIBRARY.impl(_name, _impl, _key)
+    torch.library.register_fake(f"coat_kernels::{_name}", _fake, lib=LIBRARY)

@@ -1,0 +1,246 @@
+"""What is rebuilt, packed and kept of the tensors that autograd saves, and that gradients stay right."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from coat_kernels.autograd import saved
+from coat_kernels.autograd.saved import compress_saved_activations
+from coat_kernels.config import COATConfig
+from tests.accuracy import sqnr
+from tests.autograd.live_storages import LiveStorages
+
+WIDTH, ROWS = 128, 64
+
+
+class Offered(torch.autograd.Function):
+    """tanh, whose output can be rebuilt from codes that are kept for its own backward pass."""
+
+    @staticmethod
+    def forward(ctx, x):
+        y = x.tanh()
+        codes, scale = torch.ops.coat_kernels.quantize_activation(y, "int8", 128)
+        ctx.save_for_backward(codes, scale)
+        ctx.mark_non_differentiable(codes, scale)
+        return y, codes, scale
+
+    @staticmethod
+    def backward(ctx, dy, *_):
+        y = torch.ops.coat_kernels.dequantize_activation(*ctx.saved_tensors, "int8", 128, dy.dtype)
+        return dy * (1 - y * y)
+
+
+def offered_tanh(x):
+    y, codes, scale = Offered.apply(x)
+    saved.offer(y, lambda: torch.ops.coat_kernels.dequantize_activation(codes, scale, "int8", 128, x.dtype))
+    return y
+
+
+class Attention(nn.Module):
+    def __init__(self, width=WIDTH, heads=2):
+        super().__init__()
+        self.qkv, self.out, self.heads = nn.Linear(width, 3 * width), nn.Linear(width, width), heads
+
+    def forward(self, x):
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        return self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+def saved_bytes(run) -> tuple[torch.Tensor, dict[str, int]]:
+    with LiveStorages() as live:
+        out = run()
+    return out, live.alive((out,))
+
+
+@pytest.fixture
+def x():
+    return torch.randn(4, ROWS, WIDTH, generator=torch.Generator().manual_seed(0))
+
+
+def test_an_activation_is_packed_once_however_often_it_is_saved(x):
+    readers = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(3))
+    first = nn.Linear(WIDTH, WIDTH)
+    with compress_saved_activations() as context:
+        h = first(x)
+        out = sum(reader(h).sum() for reader in readers)
+    assert context.tally.packed == 3
+    assert context.tally.bytes_before == h.nbytes
+    out.backward()
+    assert sqnr(out.new_ones(4 * ROWS, WIDTH).T @ h.flatten(0, 1), readers[0].weight.grad) > 30
+
+
+def test_what_can_be_rebuilt_costs_nothing_and_its_casts_copies_and_modulations_neither(x):
+    x.requires_grad_()
+    readers = [nn.Linear(WIDTH, 16, dtype=dtype) for dtype in (torch.float32, torch.bfloat16, torch.float32)]
+    scale, shift = torch.randn(4, 1, WIDTH), torch.randn(4, 1, WIDTH)
+
+    def run():
+        with compress_saved_activations() as context:
+            y = offered_tanh(x)
+            modulated = y * (1 + scale) + shift
+            both = torch.cat([y, modulated.contiguous()], dim=1)
+            out = readers[0](y).sum() + readers[1](y.to(torch.bfloat16)).float().sum() + readers[2](both).sum()
+            out = out + readers[0](modulated).sum()
+        assert context.tally.packed == 0
+        return out
+
+    out, alive = saved_bytes(run)
+    codes = {name: size for name, size in alive.items() if size > 2048}
+    assert sum(codes.values()) == x.numel(), codes  # one byte an element, nothing else
+    out.backward()
+    with torch.no_grad():
+        y = x.tanh()
+        both = torch.cat([y, y * (1 + scale) + shift], dim=1)
+    assert sqnr(both.flatten(0, 1).sum(0).expand(16, -1), readers[2].weight.grad) > 40
+    assert sqnr(y.flatten(0, 1).sum(0).expand(16, -1), readers[1].weight.grad) > 30
+
+
+def test_linears_under_autocast_read_a_cast_that_is_rebuilt(x):
+    x.requires_grad_()
+    reader = nn.Linear(WIDTH, WIDTH)
+    expected = torch.autograd.grad(reader(x.tanh()).square().sum(), reader.weight)[0]
+
+    def run():
+        with compress_saved_activations(), torch.autocast("cpu", torch.bfloat16):
+            return reader(offered_tanh(x)).float().square().sum()
+
+    out, alive = saved_bytes(run)
+    weight = 2 * WIDTH * WIDTH  # autocast's copy
+    assert sum(size for size in alive.values() if size > 2048) <= x.numel() + weight + 2 * x.numel(), alive
+    assert sqnr(expected, torch.autograd.grad(out, reader.weight)[0]) > 30
+
+
+def test_a_change_in_place_ends_what_was_known(x):
+    x.requires_grad_()
+    reader = nn.Linear(WIDTH, 16)
+    with compress_saved_activations(unregistered="keep"):
+        y = offered_tanh(x)
+        with torch.no_grad():
+            y.add_(1)
+        assert not saved.can_rebuild(y)
+        out = reader(y).sum()
+    out.backward()
+    assert sqnr(y.flatten(0, 1).sum(0).expand(16, -1), reader.weight.grad) > 100
+
+
+def test_a_kept_tensor_changed_in_place_is_noticed_as_autograd_does(x):
+    small = torch.randn(3, 3, requires_grad=True)
+    with compress_saved_activations():
+        h = small * 2
+        out = h.square().sum()
+        h.add_(1)
+    with pytest.raises(RuntimeError, match="modified in place"):
+        out.backward()
+
+
+@pytest.mark.parametrize("attention_format", [None, "int8"])
+def test_attention_is_kept_unless_asked(x, attention_format):
+    torch.manual_seed(0)
+    model = Attention()
+    expected = torch.autograd.grad(model(x).square().sum(), model.parameters())
+    context = compress_saved_activations(COATConfig(attention_format=attention_format))
+
+    def run():
+        with context:
+            return model(x)
+
+    out, alive = saved_bytes(run)
+    full = x.nbytes
+    large = {name: size for name, size in alive.items() if size >= x.numel()}
+    if attention_format is None:
+        assert sum(large.values()) == 4 * full, large  # q, k, v and the output; to_out's input is the output
+    else:
+        codes = 4 * x.numel()
+        assert codes <= sum(large.values()) <= codes + 4 * x.numel() // 8, large  # groups of 32: a float32 scale each
+    actual = torch.autograd.grad(out.square().sum(), model.parameters())
+    assert min(sqnr(a, b) for a, b in zip(expected, actual, strict=True)) > (100 if attention_format is None else 30)
+
+
+def test_parameters_and_what_is_made_of_them_are_kept(x):
+    weight = nn.Parameter(torch.randn(WIDTH, WIDTH))
+    frozen = nn.Parameter(torch.randn(WIDTH, WIDTH), requires_grad=False)
+    lora_a, lora_b = nn.Parameter(torch.randn(16, WIDTH)), nn.Parameter(torch.randn(WIDTH, 16))
+    h = x.clone().requires_grad_()
+    with compress_saved_activations() as context:
+        merged = frozen + lora_b @ lora_a + weight.t().contiguous() * 2
+        out = F.linear(h * 1.0, merged)
+    assert context.tally.packed == 1  # the input; not the merged weight
+    out.sum().backward()
+    assert sqnr(merged.sum(0).expand_as(x), h.grad) > 100
+
+
+def test_small_integer_and_statistics_tensors_are_kept(x):
+    h = x.clone().requires_grad_()
+    with compress_saved_activations() as context:
+        y = h * 1.0
+        y.amax(-1).sum()  # saves indices or the input; statistics alone are small
+        (y[:1, :8] ** 2).sum()
+        mask = y > 0
+        torch.where(mask, y, -y).sum()
+        narrow = y.reshape(-1, 32) * 2
+        narrow.exp().sum()
+    assert context.tally.bytes_before <= y.nbytes
+
+
+def test_a_view_of_part_of_a_storage(x):
+    x.requires_grad_()
+    with compress_saved_activations() as context:
+        packed = torch.cat([x * 2, x * 3], dim=-1)
+        a, b = packed.chunk(2, dim=-1)
+        out = (a * b).sum()
+    assert context.tally.bytes_before == packed.nbytes
+    out.backward()
+    assert sqnr(12 * x.detach(), x.grad) > 25
+
+
+def test_nothing_is_left_when_the_graph_is_gone(x):
+    x.requires_grad_()
+    reader = nn.Linear(WIDTH, 16)
+    with compress_saved_activations() as context:
+        y = offered_tanh(x)
+        out = reader(y).sum()
+    gone = weakref.ref(y)
+    del y
+    out.backward()
+    del out
+    gc.collect()
+    assert gone() is None
+    assert not context._storages
+
+
+def test_retain_graph_and_two_contexts(x):
+    x.requires_grad_()
+    reader = nn.Linear(WIDTH, 16)
+    with compress_saved_activations() as outer:
+        y = offered_tanh(x)
+        with compress_saved_activations():
+            assert not saved.can_rebuild(y)
+        assert saved.can_rebuild(y)
+        with pytest.raises(RuntimeError, match="entered already"), outer:
+            pass
+        out = reader(y).sum()
+    out.backward(retain_graph=True)
+    once = reader.weight.grad.clone()
+    out.backward()
+    assert torch.equal(reader.weight.grad, 2 * once)
+
+
+def test_without_gradients_nothing_is_watched(x):
+    reader = nn.Linear(WIDTH, WIDTH)
+    with torch.no_grad(), compress_saved_activations() as context:
+        reader(reader(x))
+        assert not context._storages
+    assert context.tally == saved.Tally()
+
+
+def test_bad_input():
+    with pytest.raises(TypeError, match=r"COATConfig, got dict.*defaults"):
+        compress_saved_activations({"activation_format": "e4m3"})
+    with pytest.raises(ValueError, match="'compress' or 'keep'"):
+        compress_saved_activations(unregistered="drop")
