@@ -76,7 +76,9 @@ def verdict(rows: list[dict]) -> list[str]:
         for form in (*COAT, CONTROL):
             entry = entries[work, form]
             if not (entry["share"] <= SAVED_SHARE and entry["in_8_bits"]):
-                failures.append(f"{work}: {form}: saves {entry['share']:.2f} of float32's bytes, {entry['in_8_bits']} in 8 bits: not packed")
+                failures.append(
+                    f"{work}: {form}: saves {entry['share']:.2f} of float32's bytes, {entry['in_8_bits']} in 8 bits: not packed"
+                )
         for form in COAT:
             entry = entries[work, form]
             if not abs(entry["relative"]) <= LOSS_TOLERANCE:
@@ -118,15 +120,15 @@ def plot(rows: list[dict], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     others = FORMS[1:]
+    relative = {(entry["work"], entry["form"]): entry["relative"] for entry in summary(rows)}
     figure, axes = plt.subplots(2, len(WORKS), figsize=(4.2 * len(WORKS), 6.4), sharey="row", layout="constrained")
     for (top, bottom), work in zip(axes.T, WORKS, strict=True):
         losses = {row["case"]["seed"]: row["final_loss"] for row in found(rows, work, FLOAT32)}
         for i, form in enumerate(others):
             runs = found(rows, work, form)
             pairs = [100 * (row["final_loss"] / losses[row["case"]["seed"]] - 1) for row in runs]
-            mean = next(100 * entry["relative"] for entry in summary(rows) if (entry["work"], entry["form"]) == (work, form))
             top.plot(pairs, [i] * len(pairs), "o", color=f"C{i}", alpha=0.5, markersize=4)
-            top.plot(mean, i, "|", color=f"C{i}", markersize=18, markeredgewidth=2)
+            top.plot(100 * relative[work, form], i, "|", color=f"C{i}", markersize=18, markeredgewidth=2)
             for row in runs:
                 for of, style in (("all", "-"), ("worst", ":")):
                     points = [(compared["step"], compared[of]) for compared in row["sqnr"]]
@@ -134,7 +136,13 @@ def plot(rows: list[dict], path: Path) -> None:
                     bottom.plot(*zip(*points, strict=True), style, color=f"C{i}", linewidth=1, label=label)
         for bound in (-LOSS_TOLERANCE, LOSS_TOLERANCE):
             top.axvline(100 * bound, color="0.4", linestyle=":")
-        top.set(title=work, xlabel="final loss against float32, %", yticks=range(len(others)), yticklabels=others, ylim=(len(others) - 0.5, -0.5))
+        top.set(
+            title=work,
+            xlabel="final loss against float32, %",
+            yticks=range(len(others)),
+            yticklabels=others,
+            ylim=(len(others) - 0.5, -0.5),
+        )
         bottom.set(xlabel="step")
     axes[1, 0].set(ylabel="SQNR of the gradients, dB")
     axes[1, 0].legend(fontsize=6)

@@ -79,7 +79,7 @@ def run(asked: dict) -> dict:
     optimizer = forms.optimizer(network, form, asked["lr"], work.weight_decay)
     batch = work.batch(work.load()[0], torch.Generator().manual_seed(seed))
     saved = saved_bytes(lambda: work.loss(network, batch))
-    compare_at = {round(work.steps * (i + 0.5) / COMPARISONS) for i in range(COMPARISONS)} if form != forms.FLOAT32 else set()
+    compare_at = {int(work.steps * (i + 0.5) / COMPARISONS) for i in range(COMPARISONS)} if form != forms.FLOAT32 else set()
     compared: list[dict] = []
 
     def observe(step: int, batch: Batch) -> None:

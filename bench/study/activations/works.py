@@ -17,7 +17,7 @@ from ..family.works import Batch, Digits, Language, Work
 
 @dataclass(frozen=True)
 class FluxLoRA(Work):
-    steps: int = 120
+    steps: int = 160
     batch_size: int = 8
     weight_decay: float = 0.01
     warmup_share: float = 0.05
