@@ -2,6 +2,8 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include "bind_activation.h"
+#include "bind_activation_quant.h"
 #include "bind_came.h"
 #include "cpu/launch.h"
 
@@ -168,4 +170,6 @@ PYBIND11_MODULE(_C, m) {
         py::arg("lr"), py::arg("beta1"), py::arg("beta2"), py::arg("eps"), py::arg("weight_decay"), py::arg("maximize"),
         py::arg("grad_scale"), py::arg("threads"));
   bind_came(m);
+  bind_activation_quant(m);
+  bind_activation(m);
 }

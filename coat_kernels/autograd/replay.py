@@ -24,6 +24,11 @@ _REPLAYED = {
 _SMALL = 8
 
 
+def is_plain(tensor: Tensor) -> bool:
+    """Whether a tensor is no subclass's (DTensor and the like keep their values elsewhere) and has a storage of its own."""
+    return type(tensor) in (Tensor, torch.nn.Parameter) and tensor.layout == torch.strided
+
+
 class Watch(TorchFunctionMode):
     """Tells a `compress_saved_activations` what the tensors are that torch's functions return."""
 
@@ -61,7 +66,7 @@ class Watch(TorchFunctionMode):
         return cast
 
     def _watch(self, out: Tensor, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if not out.requires_grad or out.layout != torch.strided or self.context.known(out) is not None:
+        if not out.requires_grad or not is_plain(out) or self.context.known(out) is not None:
             return
         operands = [operand for operand in _flat((args, kwargs)) if isinstance(operand, Tensor)]
         if all(self._is_parameter(operand) for operand in operands):

@@ -27,7 +27,8 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from ..config import COATConfig
-from .replay import Watch
+from ..ops.activation_quant import ActivationQuantized, dequantize_activation, quantize_activation
+from .replay import Watch, is_plain
 
 #: Rows shorter than this are statistics and the outputs of LoRA's A: little to gain, much to lose.
 MIN_ROW = 64
@@ -76,23 +77,15 @@ class View:
 class Packed:
     """The values of a storage in 8 bits."""
 
-    codes: Tensor
-    scale: Tensor
-    fmt: str
-    group_size: int
+    quantized: ActivationQuantized
     dtype: torch.dtype
 
     @classmethod
     def of(cls, tensor: Tensor, fmt: str, group_size: int) -> Packed:
-        codes, scale = torch.ops.coat_kernels.quantize_activation(tensor, fmt, group_size)
-        return cls(codes, scale, fmt, group_size, tensor.dtype)
-
-    @property
-    def nbytes(self) -> int:
-        return self.codes.nbytes + self.scale.nbytes
+        return cls(quantize_activation(tensor, fmt, group_size), tensor.dtype)
 
     def __call__(self) -> Tensor:
-        return torch.ops.coat_kernels.dequantize_activation(self.codes, self.scale, self.fmt, self.group_size, self.dtype)
+        return dequantize_activation(self.quantized, self.dtype)
 
 
 @dataclass
@@ -197,6 +190,8 @@ class compress_saved_activations:  # a context manager, named as torch names its
     # --- what is known of tensors
 
     def known(self, tensor: Tensor) -> Storage | None:
+        if not is_plain(tensor):
+            return None
         found = self._storages.get(tensor.untyped_storage()._cdata)
         return None if found is None or found.alive.expired() else found
 
@@ -213,7 +208,7 @@ class compress_saved_activations:  # a context manager, named as torch names its
         return found
 
     def offer(self, tensor: Tensor, rebuild: Callable[[], Tensor]) -> None:
-        if fills_storage(tensor) and tensor.numel():
+        if is_plain(tensor) and fills_storage(tensor) and tensor.numel():
             found = self.mark(tensor, "activation")
             found.version, found.rebuild = tensor._version, rebuild
 
@@ -236,11 +231,11 @@ class compress_saved_activations:  # a context manager, named as torch names its
         Its backward pass takes exp(q·k - logsumexp) of the saved tensors: rebuilt from other codes they would not sum to 1.
         """
         for operand in (query, key, value):
-            if operand.requires_grad:
+            if operand.requires_grad and is_plain(operand):
                 self.mark(operand, "attention").rebuild = None
         with self.expect_attention(query.shape[:-1] + value.shape[-1:]):
             out = run()
-        if out.requires_grad:
+        if out.requires_grad and is_plain(out):
             self.mark(out, "attention")
         return out
 
@@ -248,7 +243,7 @@ class compress_saved_activations:  # a context manager, named as torch names its
 
     def pack(self, tensor: Tensor) -> Callable[[], Tensor]:
         """What stands for the tensor until the backward pass; calling it gives the tensor."""
-        if tensor.layout != torch.strided or tensor.dtype not in PACKABLE or not tensor.numel():
+        if not is_plain(tensor) or tensor.dtype not in PACKABLE or not tensor.numel():
             return Kept(tensor)
         found = self.known(tensor)
         if found is not None and found.rebuild is not None and found.version == tensor._version:
@@ -282,15 +277,20 @@ class compress_saved_activations:  # a context manager, named as torch names its
                 found.packed = Packed.of(flat, fmt, group_size)
             found.version, found.rebuild = tensor._version, None
             self.tally.bytes_before += tensor.untyped_storage().nbytes()
-            self.tally.bytes_after += found.packed.nbytes
+            self.tally.bytes_after += found.packed.quantized.nbytes
         return found.packed
 
 
 def _row(tensor: Tensor) -> int:
-    """Length of the rows that the tensor's storage is packed in; 0 if it has none."""
-    rows = [size for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if stride == 1 and size > 1]
-    row = rows[-1] if rows else 0
-    return row if row and storage_numel(tensor) % row == 0 else 0
+    """Length of the rows that the tensor's storage is packed in; 0 if it has none.
+
+    The dimension whose elements lie side by side; of images and heads, with four dimensions or more, as many as make a row long enough.
+    """
+    row = 1
+    for size, stride in sorted(zip(tensor.shape, tensor.stride(), strict=True), key=lambda pair: pair[1]):
+        if size > 1 and stride == row and (row == 1 or (row < MIN_ROW and tensor.dim() >= 4)):
+            row *= size
+    return row if storage_numel(tensor) % row == 0 else 0
 
 
 def _unpack(packed: Callable[[], Tensor]) -> Tensor:

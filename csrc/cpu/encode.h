@@ -33,16 +33,6 @@ struct Destination {
   Upcoming upcoming[2];
 };
 
-// Runs code_of(i) on every vector of a group and stores the bytes.
-template <typename CodeOf>
-COAT_SIMD_INLINE void store_codes(uint8_t* codes, int n, CodeOf code_of) {
-  int i = 0;
-  for (; i + 4 * kLanes <= n; i += 4 * kLanes) {
-    store_u8(codes + i, code_of(i), code_of(i + kLanes), code_of(i + 2 * kLanes), code_of(i + 3 * kLanes));
-  }
-  for (; i < n; i += kLanes) store_u8(codes + i, code_of(i));
-}
-
 // 256 times the random number in (0, 1) of the elements whose noise this is.
 COAT_SIMD_INLINE F draw(const uint8_t* noise) { return sub(set1(255.5f), to_float(load_u8(noise))); }
 

@@ -6,6 +6,8 @@
 
 #include "../formats/codecs.h"
 #include "../formats/parameters.h"
+#include "activation.h"
+#include "activation_quant.h"
 #include "blockwise.h"
 #include "came_8bit.h"
 #include "tables.h"
@@ -91,22 +93,39 @@ struct Kernels {
   void (*dequantize_blockwise)(const DequantizeBlockwiseJob&, int64_t begin, int64_t end);
   void (*step_8bit)(const Step8bitJob&, const Step8bitRow&, int64_t begin, int64_t end);
   void (*came_8bit)(const CameJob&, const CameRow&, float* memory);
+  void (*quantize_activation)(const QuantizeActivationJob&, int64_t begin, int64_t end);
+  void (*dequantize_activation)(const DequantizeActivationJob&, int64_t begin, int64_t end);
+  void (*activation)(const ActivationJob&, int64_t begin, int64_t end);
 };
 
 constexpr int kBlock = 1024;  // elements that a kernel works on at a time: its buffers stay in L1
 constexpr int kMinGroup = 32, kMaxGroup = 256;
 
-#define COAT_DECLARE_KERNELS(isa)                                                                                               \
-  namespace isa {                                                                                                               \
-  void quantize(const QuantizeJob&, int64_t begin, int64_t end);                                                                \
-  void dequantize(const DequantizeJob&, int64_t begin, int64_t end);                                                            \
-  void step(const StepJob&, const StepRow&, int64_t begin, int64_t end);                                                        \
-  void quantize_blockwise(const QuantizeBlockwiseJob&, int64_t begin, int64_t end);                                             \
-  void dequantize_blockwise(const DequantizeBlockwiseJob&, int64_t begin, int64_t end);                                         \
-  void step_8bit(const Step8bitJob&, const Step8bitRow&, int64_t begin, int64_t end);                                           \
-  void came_8bit(const CameJob&, const CameRow&, float* memory);                                                                \
-  constexpr Kernels kKernels{#isa, quantize, dequantize, step, quantize_blockwise, dequantize_blockwise, step_8bit, came_8bit}; \
-  }
+// clang-format off: one line for each kernel, in the order of Kernels
+#define COAT_DECLARE_KERNELS(isa) namespace isa { \
+  void quantize(const QuantizeJob&, int64_t begin, int64_t end); \
+  void dequantize(const DequantizeJob&, int64_t begin, int64_t end); \
+  void step(const StepJob&, const StepRow&, int64_t begin, int64_t end); \
+  void quantize_blockwise(const QuantizeBlockwiseJob&, int64_t begin, int64_t end); \
+  void dequantize_blockwise(const DequantizeBlockwiseJob&, int64_t begin, int64_t end); \
+  void step_8bit(const Step8bitJob&, const Step8bitRow&, int64_t begin, int64_t end); \
+  void came_8bit(const CameJob&, const CameRow&, float* memory); \
+  void quantize_activation(const QuantizeActivationJob&, int64_t begin, int64_t end); \
+  void dequantize_activation(const DequantizeActivationJob&, int64_t begin, int64_t end); \
+  void activation(const ActivationJob&, int64_t begin, int64_t end); \
+  constexpr Kernels kKernels{#isa, \
+    quantize, \
+    dequantize, \
+    step, \
+    quantize_blockwise, \
+    dequantize_blockwise, \
+    step_8bit, \
+    came_8bit, \
+    quantize_activation, \
+    dequantize_activation, \
+    activation, \
+  }; }
+// clang-format on
 COAT_DECLARE_KERNELS(generic)
 COAT_DECLARE_KERNELS(avx2)
 COAT_DECLARE_KERNELS(avx512)

@@ -21,3 +21,17 @@
 #else
 #include "simd_generic.h"
 #endif
+
+namespace coat::COAT_ISA {
+
+// Runs code_of(i) on every vector of n codes (a multiple of kLanes) and stores the bytes.
+template <typename CodeOf>
+COAT_SIMD_INLINE void store_codes(uint8_t* codes, int n, CodeOf code_of) {
+  int i = 0;
+  for (; i + 4 * kLanes <= n; i += 4 * kLanes) {
+    store_u8(codes + i, code_of(i), code_of(i + kLanes), code_of(i + 2 * kLanes), code_of(i + 3 * kLanes));
+  }
+  for (; i < n; i += kLanes) store_u8(codes + i, code_of(i));
+}
+
+}  // namespace coat::COAT_ISA

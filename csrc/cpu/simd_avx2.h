@@ -146,4 +146,20 @@ COAT_SIMD_INLINE void reduce(I max_a, I max_b, I min_c, I min_d, uint32_t out[4]
   _mm_storeu_si128(reinterpret_cast<__m128i*>(out), _mm_xor_si128(quarter, _mm_setr_epi32(0, 0, -1, -1)));
 }
 
+// Values of FP8 codes, those of e4m3 times 2^-8: both are float16 patterns with bits moved, subnormals and NaN included.
+COAT_SIMD_INLINE F load_e5m2(const uint8_t* p) {
+  return _mm256_cvtph_ps(_mm_slli_epi16(_mm_cvtepu8_epi16(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))), 8));
+}
+COAT_SIMD_INLINE F load_e4m3(const uint8_t* p) {
+  const __m128i wide = _mm_slli_epi16(_mm_cvtepi8_epi16(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))), 7);
+  const __m128i half = _mm_and_si128(wide, _mm_set1_epi16(static_cast<short>(0xBFFF)));  // the sign, extended, fills bit 14 too
+  const __m128i carry = _mm_add_epi16(half, _mm_set1_epi16(0x80));                       // into bit 14 where all seven bits are set
+  return _mm256_cvtph_ps(_mm_or_si128(half, _mm_and_si128(carry, _mm_set1_epi16(0x4000))));
+}
+COAT_SIMD_INLINE uint32_t reduce_max(I a) {
+  const __m128i four = _mm_max_epu32(_mm256_castsi256_si128(a), _mm256_extracti128_si256(a, 1));
+  const __m128i two = _mm_max_epu32(four, _mm_shuffle_epi32(four, 0x4E));
+  return static_cast<uint32_t>(_mm_cvtsi128_si32(_mm_max_epu32(two, _mm_shuffle_epi32(two, 0xB1))));
+}
+
 }  // namespace coat::COAT_ISA

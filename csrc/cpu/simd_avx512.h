@@ -136,4 +136,16 @@ COAT_SIMD_INLINE void reduce(I max_a, I max_b, I min_c, I min_d, uint32_t out[4]
   _mm_storeu_si128(reinterpret_cast<__m128i*>(out), _mm_xor_si128(quarter, _mm_setr_epi32(0, 0, -1, -1)));
 }
 
+// Values of FP8 codes, those of e4m3 times 2^-8: both are float16 patterns with bits moved, subnormals and NaN included.
+COAT_SIMD_INLINE F load_e5m2(const uint8_t* p) {
+  return _mm512_cvtph_ps(_mm256_slli_epi16(_mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))), 8));
+}
+COAT_SIMD_INLINE F load_e4m3(const uint8_t* p) {
+  const __m256i wide = _mm256_slli_epi16(_mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))), 7);
+  const __m256i half = _mm256_and_si256(wide, _mm256_set1_epi16(static_cast<short>(0xBFFF)));  // the sign, extended, fills bit 14 too
+  const __m256i carry = _mm256_add_epi16(half, _mm256_set1_epi16(0x80));                       // into bit 14 where all seven bits are set
+  return _mm512_cvtph_ps(_mm256_ternarylogic_epi32(half, carry, _mm256_set1_epi16(0x4000), 0xF8));
+}
+COAT_SIMD_INLINE uint32_t reduce_max(I a) { return _mm512_reduce_max_epu32(a); }
+
 }  // namespace coat::COAT_ISA

@@ -148,4 +148,24 @@ COAT_SIMD_INLINE void reduce(I max_a, I max_b, I min_c, I min_d, uint32_t out[4]
   }
 }
 
+// Values of FP8 codes, those of e4m3 times 2^-8: both are float16 patterns with bits moved, subnormals and NaN included.
+COAT_SIMD_INLINE F load_e5m2(const uint8_t* p) {
+  const I code = load_u8(p), magnitude = code & set1(0x7F);
+  const F normal = as_float((magnitude << 21) + set1(112 << 23)), subnormal = to_float(magnitude) * set1(1.52587890625e-05f);  // 2^-16
+  const F finite = select(less(magnitude, set1(4)), subnormal, normal);
+  const F value = select(less(magnitude, set1(0x7C)), finite, as_float((magnitude << 21) | set1(static_cast<int32_t>(kInfBits))));
+  return as_float(as_int(value) | (code >> 7 << 31));
+}
+COAT_SIMD_INLINE F load_e4m3(const uint8_t* p) {
+  const I code = load_u8(p), magnitude = code & set1(0x7F);
+  const F normal = as_float((magnitude << 20) + set1(112 << 23)), subnormal = to_float(magnitude) * set1(7.62939453125e-06f);  // 2^-17
+  const F finite = select(less(magnitude, set1(8)), subnormal, normal);
+  const F value = select(less(magnitude, set1(0x7F)), finite, as_float(set1(static_cast<int32_t>(kNanBits))));
+  return as_float(as_int(value) | (code >> 7 << 31));
+}
+COAT_SIMD_INLINE uint32_t reduce_max(I a) {
+  const uint32_t low = a[0] > a[1] ? a[0] : a[1], high = a[2] > a[3] ? a[2] : a[3];
+  return low > high ? low : high;
+}
+
 }  // namespace coat::COAT_ISA

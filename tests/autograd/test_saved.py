@@ -175,17 +175,77 @@ def test_parameters_and_what_is_made_of_them_are_kept(x):
     assert sqnr(merged.sum(0).expand_as(x), h.grad) > 100
 
 
-def test_small_integer_and_statistics_tensors_are_kept(x):
+@pytest.mark.parametrize(
+    "run",
+    [
+        lambda y: (y[:1, :8] ** 2).sum(),
+        lambda y: y.sum(-1, keepdim=True).exp().sum(),
+        lambda y: (y.reshape(-1, 32) * 1.0).square().sum(),  # as narrow as the output of LoRA's A
+        lambda y: y.sort(-1).values.sum(),  # integers
+    ],
+    ids=["small", "statistics", "narrow", "integers"],
+)
+def test_what_is_left_alone(x, run):
     h = x.clone().requires_grad_()
     with compress_saved_activations() as context:
-        y = h * 1.0
-        y.amax(-1).sum()  # saves indices or the input; statistics alone are small
-        (y[:1, :8] ** 2).sum()
-        mask = y > 0
-        torch.where(mask, y, -y).sum()
-        narrow = y.reshape(-1, 32) * 2
-        narrow.exp().sum()
-    assert context.tally.bytes_before <= y.nbytes
+        run(h * 1.0)
+    assert context.tally.packed == 0
+    assert context.tally.kept
+
+
+def test_an_operation_that_saves_its_output_does_not_keep_itself_alive():
+    small = torch.randn(3, 3, requires_grad=True)
+    with LiveStorages() as live, compress_saved_activations():
+        out = small.exp()
+    del out
+    assert not live.alive()
+
+
+def test_attention_does_not_read_what_was_rebuilt(x):
+    """exp(q k - logsumexp) of other values than the forward pass had would not sum to one."""
+    x.requires_grad_()
+
+    with compress_saved_activations() as context:
+        q = offered_tanh(x).unflatten(-1, (2, -1)).transpose(1, 2)
+        out = F.scaled_dot_product_attention(q, q.detach() * 2, q.detach())
+    assert context.tally.rebuilt == 0
+    plain = x.detach().tanh().unflatten(-1, (2, -1)).transpose(1, 2).requires_grad_()
+    expected = torch.autograd.grad(F.scaled_dot_product_attention(plain, plain.detach() * 2, plain.detach()).square().sum(), plain)[0]
+    assert sqnr(expected, torch.autograd.grad(out.square().sum(), q)[0]) > 100
+
+
+def test_a_large_constant_is_not_held_to_rebuild_a_product(x):
+    x.requires_grad_()
+    reader = nn.Linear(WIDTH, 16)
+
+    def run():
+        with compress_saved_activations():
+            return reader(offered_tanh(x) * torch.rand(x.shape).add_(0.0)).sum()
+
+    _, alive = saved_bytes(run)
+    # the constant is autograd's, for the product; the product itself is packed
+    assert sum(size for size in alive.values() if size > 2048) == x.nbytes + 2 * x.numel(), alive
+
+
+def test_a_concatenation_with_the_output_of_attention_costs_nothing(x):
+    torch.manual_seed(0)
+    attention, reader = Attention(), nn.Linear(2 * WIDTH, 16)
+    x.requires_grad_()
+
+    def run(tanh=offered_tanh):
+        q, k, v = attention.qkv(x).unflatten(-1, (3, 2, -1)).permute(2, 0, 3, 1, 4)
+        attended = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        return reader(torch.cat([attended, tanh(x)], dim=2)).sum()
+
+    def compressed():
+        with compress_saved_activations():
+            return run()
+
+    expected = torch.autograd.grad(run(torch.tanh), reader.weight)[0]
+    out, alive = saved_bytes(compressed)
+    # q, k, v, the output of attention, and the codes of tanh
+    assert sum(size for size in alive.values() if size >= x.numel()) == 4 * x.nbytes + x.numel(), alive
+    assert sqnr(expected, torch.autograd.grad(out, reader.weight)[0]) > 40
 
 
 def test_a_view_of_part_of_a_storage(x):
@@ -197,6 +257,17 @@ def test_a_view_of_part_of_a_storage(x):
     assert context.tally.bytes_before == packed.nbytes
     out.backward()
     assert sqnr(12 * x.detach(), x.grad) > 25
+
+
+@pytest.mark.parametrize(
+    ("shape", "row"), [((2, 64, 20, 20), 400), ((2, 8, 64, 96), 96), ((2, 1, 1, 40), 80), ((2, 40, 16), 16), ((128,), 128)]
+)
+def test_rows_of_images_and_heads_are_joined_until_they_are_long_enough(shape, row):
+    assert saved._row(torch.empty(shape)) == row
+
+
+def test_heads_of_another_memory_order_are_joined_too():
+    assert saved._row(torch.empty(2, 50, 8, 40).transpose(1, 2)) == 320
 
 
 def test_nothing_is_left_when_the_graph_is_gone(x):
@@ -244,3 +315,35 @@ def test_bad_input():
         compress_saved_activations({"activation_format": "e4m3"})
     with pytest.raises(ValueError, match="'compress' or 'keep'"):
         compress_saved_activations(unregistered="drop")
+
+
+def test_inside_the_context_compiled_functions_are_left_to_the_compiler(x):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.GELU(), nn.Linear(WIDTH, WIDTH))
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    expected = torch.autograd.grad(model(x).square().sum(), model.parameters())
+    with compress_saved_activations():
+        out = compiled(x)
+    actual = torch.autograd.grad(out.square().sum(), model.parameters())
+    assert min(sqnr(a, b) for a, b in zip(expected, actual, strict=True)) > 100
+
+
+def test_queries_and_keys_share_their_storage_with_attention():
+    from coat_kernels.autograd.norm_rope import norm_rope
+
+    x = torch.randn(2, 32, 2, 128, requires_grad=True)
+    weight = torch.rand(128) + 0.5
+    angle = torch.rand(32, 64).repeat_interleave(2, -1)
+    for attention_format, each in ((None, 4), ("int8", 1)):
+        context = compress_saved_activations(COATConfig(attention_format=attention_format))
+
+        def run(context=context):
+            with context:
+                q, k = (norm_rope(x, weight, angle.cos(), angle.sin(), eps=1e-6).transpose(1, 2) for _ in range(2))
+                return F.scaled_dot_product_attention(q, k, q)
+
+        out, alive = saved_bytes(run)
+        large = [size for name, size in alive.items() if name.startswith(("norm_rope", "quantize")) and size >= x.numel()]
+        # q and k; the output is the caller's unless it is packed
+        assert sum(large) == (2 if attention_format is None else 3) * each * x.numel(), alive
+        out.sum().backward()

@@ -29,9 +29,9 @@ class Block:
         return out if isinstance(out, tuple) else (out,)
 
     def saved_bytes(self) -> dict[str, int]:
-        """Bytes a token of all storages that outlive the forward pass, by what made them; the block's own inputs count as saved if kept.
+        """Bytes a token of all storages that outlive the forward pass, by what made them; the block's own inputs count if they are kept.
 
-        Rank-r outputs, log-sum-exp, row statistics and what has no token dimension are left out: storages of fewer than 64 elements a token.
+        Rank-r outputs, log-sum-exp, row statistics and what has no token dimension are left out: storages of under 64 bytes a token.
         """
         with LiveStorages() as live:
             # made anew inside: a storage that only the graph keeps is seen
@@ -90,3 +90,18 @@ def flux(kind: str, *, width: int, heads: int, image: int, text: int, dtype: tor
         "image_rotary_emb": FluxPosEmbed(10000, axes)(positions),
     }
     return Block(module, inputs, batch * (image + text))
+
+
+def llama(*, width: int, heads: int, tokens: int, batch: int, dtype: torch.dtype = torch.bfloat16) -> Block:
+    """transformers' Llama decoder layer, intermediate size 2.6875 of the width as in the 7B model, everything trained."""
+    from transformers import LlamaConfig
+    from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
+
+    config = LlamaConfig(hidden_size=width, intermediate_size=width * 43 // 16, num_attention_heads=heads, num_key_value_heads=heads)
+    config._attn_implementation = "sdpa"
+    module = LlamaDecoderLayer(config, 0).to(dtype)
+    random_weights(module)
+    hidden = torch.randn(batch, tokens, width, generator=torch.Generator().manual_seed(1)).to(dtype).requires_grad_()
+    positions = torch.arange(tokens)[None]
+    rotary = LlamaRotaryEmbedding(config)(hidden.detach(), positions)
+    return Block(module, {"hidden_states": hidden, "position_ids": positions, "position_embeddings": rotary}, batch * tokens)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from coat_kernels.formats import scaled8
-from coat_kernels.ops import activation as op
+from coat_kernels.ops.activation.kinds import KINDS, as_rows
 
 OPS = torch.ops.coat_kernels
 FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -27,7 +27,7 @@ TINY = 2.0**-25
 #: Of f, times |x|, and of f', in float32: what the kernels' exponentials and polynomials may be off by. 1 / 2000 of bfloat16's rounding.
 FUNCTION_ERROR = 2e-6
 dtypes = pytest.mark.parametrize("dtype", list(ROUNDING), ids=lambda dtype: str(dtype).removeprefix("torch."))
-kinds = pytest.mark.parametrize("kind", op.KINDS)
+kinds = pytest.mark.parametrize("kind", KINDS)
 formats = pytest.mark.parametrize("fmt", FORMATS)
 
 
@@ -179,10 +179,10 @@ def test_strided_inputs(layout: str, machine: torch.device) -> None:
 def test_halves_of_one_tensor_are_not_copied() -> None:
     x = torch.empty(3, 5, 64)
     for half in x.chunk(2, dim=-1):
-        rows, stride = op.as_rows(half)
+        rows, stride = as_rows(half)
         assert rows.data_ptr() == half.data_ptr() and stride == 64
-    assert op.as_rows(x[:, 1:4])[0].is_contiguous()  # rows at two distances
-    assert op.as_rows(x[:, :, :1].expand(3, 5, 32))[1] == 32
+    assert as_rows(x[:, 1:4])[0].is_contiguous()  # rows at two distances
+    assert as_rows(x[:, :, :1].expand(3, 5, 32))[1] == 32
 
 
 @pytest.mark.parametrize("shape", [(0,), (0, 16), (3, 0), (2, 3, 5, 7)])

@@ -15,14 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...backends import SUPPORT, require_backend
+from ...backends import require_backend
 from ...formats.parameters import PARAM_DTYPES
 from ...formats.scaled8 import check_format, check_group, num_row_groups
 from .._library import LIBRARY
-from . import reference
-
-KINDS = ("gelu_tanh", "gelu", "silu")
-KIND_INDEX = {kind: i for i, kind in enumerate(KINDS)}
+from . import cpu, reference
+from .kinds import KINDS
 
 _SAVED = "str kind, str fmt, int group_size"
 _GATED_CODES = "Tensor gate_codes, Tensor gate_scale, Tensor up_codes, Tensor up_scale"
@@ -41,9 +39,14 @@ def check_options(kind: str, fmt: str, group_size: int) -> None:
     check_group(group_size)
 
 
+def _may_be_float64(x: Tensor) -> bool:
+    """The reference alone computes in float64."""
+    return x.device.type in ("cpu", "meta")
+
+
 def check_values(name: str, x: Tensor) -> None:
     """Tensors that hold numbers: inputs, gradients, and what `fmt` "none" saved."""
-    if x.dtype not in PARAM_DTYPES and not (x.dtype == torch.float64 and x.device.type in ("cpu", "meta")):
+    if x.dtype not in PARAM_DTYPES and not (x.dtype == torch.float64 and _may_be_float64(x)):
         raise TypeError(f"{name} must be float32, bfloat16 or float16 (on CPUs also float64), got {x.dtype}; convert it with .to(...)")
     if x.dim() == 0:
         raise ValueError(f"{name} has no last dimension to make groups of; pass {name}[None]")
@@ -57,7 +60,7 @@ def check_codes(name: str, codes: Tensor, scale: Tensor, fmt: str, group_size: i
         raise TypeError(f"{name} of format {fmt!r} must be torch.uint8, got {codes.dtype}; values as they are go with fmt='none'")
     if codes.dim() == 0:
         raise ValueError(f"{name} has no last dimension; codes have the shape of the tensor that was encoded")
-    if scale.dtype not in (torch.float32, torch.float64):
+    if scale.dtype != torch.float32 and not (scale.dtype == torch.float64 and _may_be_float64(scale)):
         raise TypeError(f"the scale of {name} must be torch.float32, got {scale.dtype}")
     want = (*codes.shape[:-1], num_row_groups(codes.shape[-1], group_size))
     if tuple(scale.shape) != want:
@@ -78,30 +81,14 @@ def check_alike(name: str, x: Tensor, other_name: str, other: Tensor, *, dtype: 
 
 def _backend(x: Tensor, exact: bool) -> Any:
     """The launcher for tensors on x's device; float64 (`exact`) is the reference's alone."""
-    if x.device.type == "cpu" and (exact or not any(row.op == "activation" for row in SUPPORT)):
-        return reference
     chosen = require_backend("activation", x.device)
-    if chosen == "reference":
-        return reference
-    return import_module({"Triton": ".triton", "C++": ".cpu"}[chosen], __package__)
+    if chosen == "Triton":
+        return import_module(".triton", __package__)
+    return reference if exact or chosen == "reference" else cpu
 
 
 def _is_exact(*tensors: Tensor) -> bool:
     return any(t.dtype == torch.float64 for t in tensors)
-
-
-def as_rows(x: Tensor) -> tuple[Tensor, int]:
-    """`x`, or a contiguous copy of it, whose rows lie one after the other at the distance that comes with it."""
-    width = x.shape[-1]
-    stride = width
-    if x.stride(-1) == 1 or width == 1:
-        steps = [(size, step) for size, step in zip(x.shape[:-1], x.stride()[:-1], strict=True) if size != 1]
-        outer = [step for _, step in steps]
-        if all(outer[i] == outer[i + 1] * steps[i + 1][0] for i in range(len(outer) - 1)):
-            stride = outer[-1] if outer else width
-            if stride >= width:
-                return x, stride
-    return x.contiguous(), width
 
 
 def _activation(x: Tensor, kind: str, fmt: str, group_size: int, amax: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
