@@ -74,12 +74,13 @@ def check_norm_rope_weight(weight: Tensor, name: str = "weight") -> None:
         ValueError: an element is smaller than 2^-10 of the largest, or not finite.
     """
     magnitude = weight.detach().abs().float()
-    floor = magnitude.max() * 2.0**-10
-    bad = ~((magnitude >= floor) & (magnitude > 0) & torch.isfinite(magnitude))
+    finite = torch.isfinite(magnitude)
+    largest = torch.where(finite, magnitude, 0).max()
+    bad = ~((magnitude >= largest * 2.0**-10) & (magnitude > 0) & finite)
     if bool(bad.any()):
         raise ValueError(
-            f"{name} has {int(bad.sum())} of {weight.numel()} elements under 2^-10 of its largest, {magnitude.max().item():g}: norm_rope's "
-            "backward pass divides by them. Use rms_norm and a separate rotation for this layer; it keeps its input in 8 bits instead"
+            f"{name} has {int(bad.sum())} of {weight.numel()} elements under 2^-10 of its largest, {largest.item():g}, or not finite: "
+            "norm_rope's backward pass divides by them. Use rms_norm and a separate rotation for this layer; it keeps its input in 8 bits instead"
         )
 
 
