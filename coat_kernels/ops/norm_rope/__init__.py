@@ -80,7 +80,7 @@ def check_norm_rope_weight(weight: Tensor, name: str = "weight") -> None:
     if bool(bad.any()):
         raise ValueError(
             f"{name} has {int(bad.sum())} of {weight.numel()} elements under 2^-10 of its largest, {largest.item():g}, or not finite: "
-            "norm_rope's backward pass divides by them. Use rms_norm and a separate rotation for this layer; it keeps its input in 8 bits instead"
+            "norm_rope's backward pass divides by them. Use rms_norm and a rotation of its own here: it keeps 8 bits of its input"
         )
 
 
