@@ -70,10 +70,8 @@ def test_storage_is_exact_but_for_the_saved_input(dtype, rows, config):
     assert torch.allclose(dx, dx8, **tight)
     assert torch.allclose(db, db8, **tight)
     # e4m3: half a step is 2^-4 of the value, or half of the least step, 2^-10 of what 1 stands for; then sums in the dtype
-    flat, dy = (
-        x.reshape(-1, 17).double(),
-        torch.randn(y.shape, generator=torch.Generator().manual_seed(3)).to(dtype).reshape(-1, 33).double(),
-    )
+    flat = x.reshape(-1, 17).double()
+    dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(3)).to(dtype).reshape(-1, 33).double()
     if flat.numel():
         amax = flat.abs().amax(-1, keepdim=True) if config is PER_ROW else flat.abs().max()
         error = torch.maximum(flat.abs() * 2**-4, amax / 448 * 2**-10)
