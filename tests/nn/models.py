@@ -130,6 +130,9 @@ def _random(build: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
         torch.manual_seed(0)
         model = build()
         random_weights(model)
+        for module in model.modules():
+            if isinstance(module, nn.Conv2d):
+                module.reset_parameters()
         return model
 
     return built
