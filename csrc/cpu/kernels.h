@@ -11,6 +11,7 @@
 #include "blockwise.h"
 #include "came_8bit.h"
 #include "tables.h"
+#include "tensor_quant.h"
 
 namespace coat {
 
@@ -95,6 +96,10 @@ struct Kernels {
   void (*came_8bit)(const CameJob&, const CameRow&, float* memory);
   void (*quantize_activation)(const QuantizeActivationJob&, int64_t begin, int64_t end);
   void (*dequantize_activation)(const DequantizeActivationJob&, int64_t begin, int64_t end);
+  void (*group_amax)(const GroupAmaxJob&, int64_t begin, int64_t end);
+  void (*quantize_tensor)(const QuantizeTensorJob&, int64_t begin, int64_t end);
+  void (*dequantize_tensor)(const DequantizeTensorJob&, int64_t begin, int64_t end);
+  void (*transpose_bytes)(const TransposeJob&, int64_t begin, int64_t end);
   void (*activation)(const ActivationJob&, int64_t begin, int64_t end);
 };
 
@@ -112,6 +117,10 @@ constexpr int kMinGroup = 32, kMaxGroup = 256;
   void came_8bit(const CameJob&, const CameRow&, float* memory); \
   void quantize_activation(const QuantizeActivationJob&, int64_t begin, int64_t end); \
   void dequantize_activation(const DequantizeActivationJob&, int64_t begin, int64_t end); \
+  void group_amax(const GroupAmaxJob&, int64_t begin, int64_t end); \
+  void quantize_tensor(const QuantizeTensorJob&, int64_t begin, int64_t end); \
+  void dequantize_tensor(const DequantizeTensorJob&, int64_t begin, int64_t end); \
+  void transpose_bytes(const TransposeJob&, int64_t begin, int64_t end); \
   void activation(const ActivationJob&, int64_t begin, int64_t end); \
   constexpr Kernels kKernels{#isa, \
     quantize, \
@@ -123,6 +132,10 @@ constexpr int kMinGroup = 32, kMaxGroup = 256;
     came_8bit, \
     quantize_activation, \
     dequantize_activation, \
+    group_amax, \
+    quantize_tensor, \
+    dequantize_tensor, \
+    transpose_bytes, \
     activation, \
   }; }
 // clang-format on
