@@ -6,6 +6,7 @@
 #include "bind_activation_quant.h"
 #include "bind_came.h"
 #include "bind_tensor_quant.h"
+#include "bind_norm.h"
 #include "cpu/launch.h"
 
 namespace py = pybind11;
@@ -173,5 +174,6 @@ PYBIND11_MODULE(_C, m) {
   bind_came(m);
   bind_activation_quant(m);
   bind_tensor_quant(m);
+  bind_norm(m);
   bind_activation(m);
 }

@@ -10,6 +10,9 @@
 #include "activation_quant.h"
 #include "blockwise.h"
 #include "came_8bit.h"
+#include "gated_residual.h"
+#include "norm.h"
+#include "norm_rope.h"
 #include "tables.h"
 #include "tensor_quant.h"
 
@@ -100,6 +103,13 @@ struct Kernels {
   void (*quantize_tensor)(const QuantizeTensorJob&, int64_t begin, int64_t end);
   void (*dequantize_tensor)(const DequantizeTensorJob&, int64_t begin, int64_t end);
   void (*transpose_bytes)(const TransposeJob&, int64_t begin, int64_t end);
+  void (*norm)(const NormJob&, float* memory, int64_t begin, int64_t end);
+  void (*norm_from_codes)(const NormFromCodesJob&, float* memory, int64_t begin, int64_t end);
+  void (*norm_backward)(const NormBackwardJob&, float* memory, int64_t begin, int64_t end, float* dgain, float* dshift);
+  void (*norm_rope)(const NormRopeJob&, float* memory, int64_t begin, int64_t end);
+  void (*norm_rope_backward)(const NormRopeBackwardJob&, float* memory, int64_t begin, int64_t end, float* dweight, float* dfirst_weight);
+  void (*gated_residual)(const GatedResidualJob&, float* memory, int64_t begin, int64_t end);
+  void (*gated_residual_backward)(const GatedResidualBackwardJob&, float* memory, int64_t begin, int64_t end, float* dgate);
   void (*activation)(const ActivationJob&, int64_t begin, int64_t end);
 };
 
@@ -121,6 +131,13 @@ constexpr int kMinGroup = 32, kMaxGroup = 256;
   void quantize_tensor(const QuantizeTensorJob&, int64_t begin, int64_t end); \
   void dequantize_tensor(const DequantizeTensorJob&, int64_t begin, int64_t end); \
   void transpose_bytes(const TransposeJob&, int64_t begin, int64_t end); \
+  void norm(const NormJob&, float* memory, int64_t begin, int64_t end); \
+  void norm_from_codes(const NormFromCodesJob&, float* memory, int64_t begin, int64_t end); \
+  void norm_backward(const NormBackwardJob&, float* memory, int64_t begin, int64_t end, float* dgain, float* dshift); \
+  void norm_rope(const NormRopeJob&, float* memory, int64_t begin, int64_t end); \
+  void norm_rope_backward(const NormRopeBackwardJob&, float* memory, int64_t begin, int64_t end, float* dweight, float* dfirst_weight); \
+  void gated_residual(const GatedResidualJob&, float* memory, int64_t begin, int64_t end); \
+  void gated_residual_backward(const GatedResidualBackwardJob&, float* memory, int64_t begin, int64_t end, float* dgate); \
   void activation(const ActivationJob&, int64_t begin, int64_t end); \
   constexpr Kernels kKernels{#isa, \
     quantize, \
@@ -136,6 +153,13 @@ constexpr int kMinGroup = 32, kMaxGroup = 256;
     quantize_tensor, \
     dequantize_tensor, \
     transpose_bytes, \
+    norm, \
+    norm_from_codes, \
+    norm_backward, \
+    norm_rope, \
+    norm_rope_backward, \
+    gated_residual, \
+    gated_residual_backward, \
     activation, \
   }; }
 // clang-format on
