@@ -42,6 +42,7 @@ OPS = (
     "activation_quant",
     "adamw_fp8",
     "group_quant",
+    "tensor_quant",
 )
 
 
