@@ -1,8 +1,5 @@
 """The names of users' COAT guides, each from where it lives in coat_kernels and coat_train."""
 
-from coat_kernels.config import COATConfig, FP8QuantizationConfig
-from coat_kernels.nn import MemoryEfficientCheckpoint
-from coat_kernels.optim import FP8AdamW
 from coat_train.quantizers import (
     DynamicRangeExpansion,
     FP8ActivationQuantizer,
@@ -12,6 +9,10 @@ from coat_train.quantizers import (
     replace_linear_with_fp8,
 )
 from coat_train.trainer import COATTrainer, create_coat_trainer_for_flux_lora
+
+from coat_kernels.config import COATConfig, FP8QuantizationConfig
+from coat_kernels.nn import MemoryEfficientCheckpoint
+from coat_kernels.optim import FP8AdamW
 
 __all__ = [
     "COATConfig",

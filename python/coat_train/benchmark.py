@@ -69,7 +69,7 @@ class BenchmarkSettings:
             raise ValueError(f"hidden_size must be a multiple of 64 (the size of a head), got {self.hidden_size}")
         if self.precision not in ("bf16", "fp32"):
             raise ValueError(f"unknown precision {self.precision!r}; choose 'bf16' or 'fp32'")
-        if self.seq_len is not None and self.seq_len < 1 or (self.memory_gb is not None and self.memory_gb <= 0):
+        if (self.seq_len is not None and self.seq_len < 1) or (self.memory_gb is not None and self.memory_gb <= 0):
             raise ValueError(f"seq_len and memory_gb must be positive, got {self.seq_len} and {self.memory_gb}")
         if not (self.use_fp8_optimizer or self.use_fp8_activation):
             raise ValueError("with neither use_fp8_optimizer nor use_fp8_activation both sides are the same")

@@ -113,7 +113,7 @@ def bench_model(
 
 
 def choose_device(device: str) -> str:
-    """"cpu" or "cuda" for what was asked; refuses what this machine does not have."""
+    """ "cpu" or "cuda" for what was asked; refuses what this machine does not have."""
     import torch
 
     available = ["cpu"] + ["cuda"] * torch.cuda.is_available()

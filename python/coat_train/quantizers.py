@@ -13,14 +13,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from coat_kernels import GroupQuantized, dequantize_group, quantize_group
+from coat_kernels import (
+    ActivationQuantized,
+    GroupQuantized,
+    TensorQuantized,
+    dequantize_activation,
+    dequantize_group,
+    dequantize_tensor,
+    quantize_activation,
+    quantize_group,
+    quantize_tensor,
+)
 from coat_kernels.config import COATConfig, FP8QuantizationConfig
 from coat_kernels.formats import codec_name, get_codec
 from coat_kernels.formats.reference import group_metadata
 from coat_kernels.nn import FP8GELU, FP8LayerNorm, FP8Linear, FP8RMSNorm, FP8SiLU, compress_saved_activations
 from coat_kernels.nn import replace_linear_with_fp8 as convert_linears
-from coat_kernels.ops.activation_quant import ActivationQuantized, dequantize_activation, quantize_activation
-from coat_kernels.ops.tensor_quant import TensorQuantized, dequantize_tensor, quantize_tensor
 
 _FLOAT8 = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
 _GRANULARITIES = ("per_tensor", "per_row", "per_group")
@@ -97,9 +105,7 @@ class FP8ActivationQuantizer:
         ValueError: an unknown granularity.
     """
 
-    def __init__(
-        self, linear_granularity: str = "per_tensor", nonlinear_granularity: str = "per_group", group_size: int = 128
-    ) -> None:
+    def __init__(self, linear_granularity: str = "per_tensor", nonlinear_granularity: str = "per_group", group_size: int = 128) -> None:
         for name, value in (("linear_granularity", linear_granularity), ("nonlinear_granularity", nonlinear_granularity)):
             if value not in _GRANULARITIES:
                 raise ValueError(f"unknown {name} {value!r}; choose {', '.join(map(repr, _GRANULARITIES))}")
@@ -120,7 +126,7 @@ class FP8ActivationQuantizer:
     def quantize_per_tensor(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x as float8_e4m3fn with one scale, 0-dim float32. No value leaves the device."""
         q = quantize_tensor(x, "e4m3")
-        return q.codes.view(torch.float8_e4m3fn), q.scale
+        return q.float8, q.scale
 
     def dequantize_per_tensor(self, x_fp8: Tensor, scale: Tensor | float) -> Tensor:
         """x_fp8·scale in float32."""
