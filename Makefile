@@ -5,7 +5,7 @@ RUN := $(VENV)/bin/python
 
 NATIVE_SOURCES := $(shell find csrc -type f) CMakeLists.txt setup.py
 
-.PHONY: demo test study family-study cameamp-study codecs bench bench-micro gpu-check lint format lock clean
+.PHONY: demo test study family-study cameamp-study activation-study codecs bench bench-micro gpu-check lint format lock clean
 
 demo: $(VENV)/.built
 	$(RUN) -m coat_train.demo
@@ -21,6 +21,9 @@ family-study: $(VENV)/.built
 
 cameamp-study: $(VENV)/.built
 	$(RUN) -m bench.study.cameamp
+
+activation-study: $(VENV)/.built
+	$(RUN) -m bench.study.activations
 
 codecs: $(VENV)/.built
 	$(RUN) -m bench.codecs

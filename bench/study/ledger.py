@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
+from types import ModuleType
 
 import torch
 
@@ -70,3 +71,18 @@ def keep(path: Path, cases: Iterable[dict]) -> list[dict]:
     rows = [have[key(case)] for case in cases if key(case) in have]
     write_jsonl(rows, path)
     return rows
+
+
+def publish(rows: list[dict], path: Path, report: ModuleType) -> int:
+    """Draw the plot and write the table beside the rows' file, print the table and what the verdict finds; the exit code.
+
+    Args:
+        report: a module with `plot`, `markdown` and `verdict`.
+    """
+    report.plot(rows, path.with_suffix(".png"))
+    path.with_suffix(".md").write_text(report.markdown(rows))
+    print(report.markdown(rows))
+    failures = report.verdict(rows)
+    for failure in failures:
+        print(f"FAILED {failure}", file=sys.stderr)
+    return 1 if failures else 0

@@ -252,7 +252,7 @@ def _decode_softsign8(codes, amax, ISA: tl.constexpr):
 
 
 @triton.jit
-def _code_value(magnitude, CODEC: tl.constexpr):
+def code_value(magnitude, CODEC: tl.constexpr):
     """The number that a small float's code without its sign stands for; NaN codes give infinity."""
     M: tl.constexpr = codec_constant(CODEC, "mantissa_bits")
     # the code's bits at the top of a float32: the product moves the exponent's bias and normalises subnormals
@@ -267,7 +267,7 @@ def _decode_float(codes, amax, k16, CODEC: tl.constexpr, ISA: tl.constexpr):
     MAX: tl.constexpr = codec_constant(CODEC, "max")
     SIGN: tl.constexpr = codec_constant(CODEC, "sign_bit")
     magnitude = codes & (SIGN - 1)
-    value = _code_value(magnitude, CODEC)
+    value = code_value(magnitude, CODEC)
     if codec_constant(CODEC, "expand"):
         # log2(q / max) as an integer e <= 0 and a fraction: the integer is divided by k exactly
         TOP: tl.constexpr = codec_constant(CODEC, "max_code") >> M
@@ -320,7 +320,7 @@ def decode_plain(codes, amax, k16, CODEC: tl.constexpr, SIGNED: tl.constexpr, IS
 
 
 @triton.jit
-def _round_to_code(magnitude, CODEC: tl.constexpr):
+def round_to_code(magnitude, CODEC: tl.constexpr):
     """int32 code of the small float nearest to `magnitude` >= 0, ties to even, saturating; integer arithmetic, bit-exact everywhere."""
     M: tl.constexpr = codec_constant(CODEC, "mantissa_bits")
     BIAS: tl.constexpr = codec_constant(CODEC, "bias")
@@ -360,7 +360,7 @@ def encode_plain(
             codes = pack_float8(exp2(y, ISA), x if SIGNED else tl.abs(x), codec_constant(CODEC, "mantissa_bits"))
         else:
             signs = tl.where(bits_of(x) < 0, codec_constant(CODEC, "sign_bit"), 0)
-            codes = (_round_to_code(exp2(y, ISA), CODEC) | signs).to(tl.uint8)
+            codes = (round_to_code(exp2(y, ISA), CODEC) | signs).to(tl.uint8)
     return codes, bits_of(metadata + MAGIC) & 0xFF
 
 
@@ -459,11 +459,11 @@ def _encode_softsign8(magnitude, amax, u, SIGNED: tl.constexpr, STOCHASTIC: tl.c
 def _encode_float(magnitude, amax, metadata, u, CODEC: tl.constexpr, SIGNED: tl.constexpr, STOCHASTIC: tl.constexpr, ISA: tl.constexpr):
     if codec_constant(CODEC, "expand"):
         y = _log2_below_top(magnitude, amax, ISA) * (metadata * (1.0 / 16))[:, None] + log2_of(codec_constant(CODEC, "max"))
-        codes = _round_to_code(exp2(y, ISA), CODEC)
+        codes = round_to_code(exp2(y, ISA), CODEC)
     else:
         scale = amax / codec_constant(CODEC, "max")
         quotient = magnitude / tl.where(scale > 0, scale, 1.0)[:, None]
-        codes = tl.where((scale == 0)[:, None], 1, _round_to_code(quotient, CODEC))
+        codes = tl.where((scale == 0)[:, None], 1, round_to_code(quotient, CODEC))
     codes = tl.where(magnitude > 0, codes, 0)
     if STOCHASTIC:
         codes = _dithered_float(codes, magnitude, amax, bits_of(metadata + MAGIC) & 0xFF, u, CODEC, ISA)

@@ -9,6 +9,7 @@ import pytest
 
 from bench.environment import ROOT
 from bench.rows import read_jsonl
+from bench.study import flux
 from bench.study.cameamp import report, train
 from bench.study.cameamp.entrants import FLOAT32, LRS, PROFILES, REFERENCE
 
@@ -17,11 +18,12 @@ RECORDED = ROOT / "bench" / "results" / "cameamp_study.jsonl"
 
 @pytest.fixture
 def base(tmp_path, monkeypatch) -> train.Recipe:
-    monkeypatch.setattr(train, "CACHE", tmp_path)
+    monkeypatch.setattr(flux, "CACHE", tmp_path)
     recipe = train.Recipe(base_steps=2, base_batch_size=2, steps=8, batch_size=2)
-    path = train.prepare(recipe)
+    sizes = recipe.base_steps, recipe.base_batch_size
+    path = flux.prepare(*sizes)
     before = path.stat().st_mtime_ns
-    assert train.prepare(recipe) == path and path.stat().st_mtime_ns == before, "the base model is trained once"
+    assert flux.prepare(*sizes) == path and path.stat().st_mtime_ns == before, "the base model is trained once"
     return recipe
 
 

@@ -14,10 +14,10 @@ from pathlib import Path
 import torch
 
 from ...environment import ROOT, describe, version
-from .. import ledger
+from .. import flux, ledger
 from . import report
 from .entrants import LRS
-from .train import Recipe, case, prepare, run
+from .train import Recipe, case, run
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -34,7 +34,7 @@ def main(argv: list[str] | None = None) -> int:
     environment["versions"] |= {name: version(name) for name in ("diffusers", "peft", "scikit-image")}
     # one thread, as the runs: the base model is then the same wherever this machine trains it
     torch.set_num_threads(1)
-    prepare(recipe)
+    flux.prepare(recipe.base_steps, recipe.base_batch_size)
 
     def fill(cases: list[dict]) -> list[dict]:
         return ledger.fill(arguments.out, cases, run, environment, arguments.workers)
@@ -53,13 +53,7 @@ def main(argv: list[str] | None = None) -> int:
     have = [row for key, row in ledger.recorded(arguments.out).items() if key in {ledger.key(asked) for asked in sweep}]
     swept = [name for name in report.ENTRANTS if report.sweep(have, "balanced" if name == report.FLOAT32 else name)]
     rows = ledger.keep(arguments.out, [*sweep, *final_cases(swept, have)])
-    report.plot(rows, arguments.out.with_suffix(".png"))
-    arguments.out.with_suffix(".md").write_text(report.markdown(rows))
-    print(report.markdown(rows))
-    failures = report.verdict(rows)
-    for failure in failures:
-        print(f"FAILED {failure}", file=sys.stderr)
-    return 1 if failures else 0
+    return ledger.publish(rows, arguments.out, report)
 
 
 if __name__ == "__main__":

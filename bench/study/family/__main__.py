@@ -54,13 +54,7 @@ def main(argv: list[str] | None = None) -> int:
     have = [row for key, row in ledger.recorded(arguments.out).items() if key in {ledger.key(asked) for asked in sweep}]
     swept = [name for name in FAMILIES if all(report.sweep(have, work.name, name) for work in works)]
     rows = ledger.keep(arguments.out, [*sweep, *final_cases(works, swept, have)])
-    report.plot(rows, arguments.out.with_suffix(".png"))
-    arguments.out.with_suffix(".md").write_text(report.markdown(rows))
-    print(report.markdown(rows))
-    failures = report.verdict(rows)
-    for failure in failures:
-        print(f"FAILED {failure}", file=sys.stderr)
-    return 1 if failures else 0
+    return ledger.publish(rows, arguments.out, report)
 
 
 if __name__ == "__main__":

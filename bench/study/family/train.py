@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 
 import torch
+from torch import nn
 from torch.optim import Optimizer
 
 from .entrants import FAMILIES
-from .works import WORKS, Work
+from .works import WORKS, Batch, Work
 
 
 def case(work: Work, family: str, form: str, lr: float, seed: int) -> dict:
@@ -32,19 +34,24 @@ def state_bytes(optimizers: list[Optimizer]) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
-def run(asked: dict) -> dict:
-    """Train once; weights and batches depend on the seed alone.
+def fit(
+    work: Work,
+    network: nn.Module,
+    optimizers: list[Optimizer],
+    lr: float,
+    seed: int,
+    observe: Callable[[int, Batch], None] = lambda step, batch: None,
+) -> dict:
+    """Train a network on the batches that follow from the seed.
+
+    Args:
+        lr: the peak.
+        observe: called with the step's number and batch once the gradients are there, before they are clipped.
 
     Returns:
         Validation losses as [step, loss], training losses, seconds in the optimizer, bytes of its states a parameter.
     """
-    work = WORKS[asked["work"]](**asked["recipe"])
-    family, seed = FAMILIES[asked["optimizer"]], asked["seed"]
-    torch.manual_seed(seed)
-    network = work.build()
-    parameters = list(network.parameters())
-    decay = work.weight_decay * family.decay_factor
-    optimizers = family.build(network, work.outer, asked["lr"], decay, work.steps, asked["form"])
+    parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
     training, validation = work.load()
     held_out = work.validation_batches(validation)
     generator = torch.Generator().manual_seed(seed)
@@ -53,10 +60,12 @@ def run(asked: dict) -> dict:
     curve, losses, seconds = [], [], 0.0
     for step in range(work.steps):
         for group in (group for optimizer in optimizers for group in optimizer.param_groups):
-            group["lr"] = asked["lr"] * schedule(step, work.steps, warmup)
-        loss = work.loss(network, work.batch(training, generator))
+            group["lr"] = lr * schedule(step, work.steps, warmup)
+        batch = work.batch(training, generator)
+        loss = work.loss(network, batch)
         network.zero_grad(set_to_none=True)
         loss.backward()
+        observe(step, batch)
         torch.nn.utils.clip_grad_norm_(parameters, work.clip)
         begin = time.perf_counter()
         for optimizer in optimizers:
@@ -76,3 +85,14 @@ def run(asked: dict) -> dict:
         "state_bytes_per_parameter": state_bytes(optimizers) / count,
         "optimizer_seconds": seconds,
     }
+
+
+def run(asked: dict) -> dict:
+    """Train once, see `fit`; weights and batches depend on the seed alone."""
+    work = WORKS[asked["work"]](**asked["recipe"])
+    family = FAMILIES[asked["optimizer"]]
+    torch.manual_seed(asked["seed"])
+    network = work.build()
+    decay = work.weight_decay * family.decay_factor
+    optimizers = family.build(network, work.outer, asked["lr"], decay, work.steps, asked["form"])
+    return fit(work, network, optimizers, asked["lr"], asked["seed"])

@@ -21,8 +21,6 @@ class Work(ABC):
 
     steps: int
     batch_size: int
-    width: int
-    layers: int
     weight_decay: float
     warmup_share: float = 0.1
     clip: float = 1.0
@@ -31,7 +29,7 @@ class Work(ABC):
 
     #: What it is called, and the parts of the model that are no hidden matrices: Muon leaves them to AdamW.
     name: ClassVar[str]
-    outer: ClassVar[tuple[str, ...]]
+    outer: ClassVar[tuple[str, ...]] = ()
 
     @abstractmethod
     def load(self) -> tuple[object, object]:
@@ -57,9 +55,9 @@ class Work(ABC):
 class Digits(Work):
     steps: int = 800
     batch_size: int = 128
+    weight_decay: float = 0.01
     width: int = 128
     layers: int = 3
-    weight_decay: float = 0.01
 
     name: ClassVar[str] = "digits"
     outer: ClassVar[tuple[str, ...]] = ("embed", "pixels", "time", "head")
@@ -87,9 +85,9 @@ class Digits(Work):
 class Language(Work):
     steps: int = 500
     batch_size: int = 8
+    weight_decay: float = 0.1
     width: int = 64
     layers: int = 2
-    weight_decay: float = 0.1
     length: int = 64
     validation: int = 32
 

@@ -1,4 +1,4 @@
-"""Activations in 8 bits, in groups of a row: `coat_kernels::quantize_activation`, `coat_kernels::dequantize_activation`, public wrappers."""
+"""Activations in 8 bits, in groups of a row: the ops `quantize_activation` and `dequantize_activation` and their public wrappers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Launcher of the C++ quantize and dequantize in groups of a row (`csrc/cpu/activation_quant.cpp`). Arguments are checked and contiguous."""
+"""Launcher of C++ quantize and dequantize in groups of a row (`csrc/cpu/activation_quant.cpp`). Arguments are checked and contiguous."""
 
 from __future__ import annotations
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -36,13 +37,21 @@ if INTERPRETED and PTX:
     ptx_interpreter.install()
 
 
+#: Ops whose launchers ask for the instruction set.
+OPS = (
+    "activation_quant",
+    "adamw_fp8",
+    "group_quant",
+)
+
+
 @pytest.fixture(autouse=True)
 def _interpretable(monkeypatch: pytest.MonkeyPatch) -> None:
     """Kernels take the assembly that sm_89 and later run, or the portable operations; a program's cost here is its count of operations."""
     from coat_kernels.formats.triton_ptx import PORTABLE, PTX_FP8
-    from coat_kernels.ops.adamw_fp8 import triton as adamw_fp8
-    from coat_kernels.ops.group_quant import triton as group_quant
 
-    for module in (adamw_fp8, group_quant):
+    for op in OPS:
+        module = import_module(f"coat_kernels.ops.{op}.triton")
         monkeypatch.setattr(module, "instruction_set", lambda _: (PTX_FP8 if PTX else PORTABLE).value)
-    monkeypatch.setattr(group_quant, "_TILE", 2048 * 8)
+        if hasattr(module, "_TILE"):
+            monkeypatch.setattr(module, "_TILE", 2048 * 8)

@@ -1,0 +1,226 @@
+"""In-place conversion of models to modules that save their activations in 8 bits."""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from .._native import CoatWarning
+from ..autograd.saved import compress_saved_activations
+from ..config import COATConfig
+from . import _diffusers, _transformers
+from ._swap import Unconvertible, is_converted
+from .activation import convert_gelu, convert_silu
+from .linear import FP8Linear
+from .norm import RMS_NORMS, convert_layer_norm, convert_rms_norm, path_of
+from .report import ConversionReport, ReportRow
+
+Filter = Callable[[nn.Module, str], bool]
+Convert = Callable[[nn.Module, COATConfig], str]
+Rules = dict[str, tuple[Convert, tuple[str, ...]]]
+
+
+def _convert_linear(module: nn.Module, config: COATConfig) -> str:
+    assert isinstance(module, nn.Linear)
+    layer = FP8Linear.from_linear(module, config)
+    stored = "weight_codes" in layer.__dict__
+    if config.frozen_weight_format is None or stored:
+        return "FP8Linear, weight in FP8" if stored else "FP8Linear"
+    return "FP8Linear, weight trained and so not stored in FP8"
+
+
+_LINEAR: Rules = {path_of(nn.Linear): (_convert_linear, ())}
+_ALL: Rules = {
+    **_LINEAR,
+    path_of(nn.LayerNorm): (convert_layer_norm, ()),
+    **{path: (convert_rms_norm, ()) for path in RMS_NORMS},
+    path_of(nn.GELU): (convert_gelu, ()),
+    path_of(nn.SiLU): (convert_silu, ()),
+    **_diffusers.MODULES,
+    **_transformers.MODULES,
+}
+#: What users may expect to be converted: left ones are reported.
+_EXPECTED = (nn.Linear, nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.GELU, nn.SiLU)
+_ADAPTERS = "peft.tuners."
+_CONDITIONING = "conditioning: one row a sample"
+_REPLACED = "the 8-bit form of the module that it belongs to does its work"
+
+
+def _walk(model: nn.Module) -> Iterator[tuple[str, nn.Module, str | None]]:
+    """Every module with its name and the reason, if there is one, to leave it whatever it is. Parents come before their children."""
+    pending: list[tuple[str, nn.Module, str | None]] = [("", model, None)]
+    seen: set[int] = set()
+    while pending:
+        name, module, reason = pending.pop()
+        if id(module) in seen:
+            continue
+        seen.add(id(module))
+        yield name, module, None if reason == _CONDITIONING and isinstance(module, nn.Linear) else reason
+        path = path_of(type(module))
+        children = []
+        for child_name, child in module.named_children():
+            why = reason
+            if path.startswith(_ADAPTERS) and child_name.startswith("lora_"):
+                why = "an adapter: small, and trained as it is"
+            elif path.startswith(_diffusers.CONDITIONING):
+                why = _CONDITIONING
+            children.append((f"{name}.{child_name}" if name else child_name, child, why))
+        pending += reversed(children)
+
+
+def _convert_modules(model: nn.Module, config: COATConfig, filter_fn: Filter | None, rules: Rules) -> ConversionReport:
+    converted: list[ReportRow] = []
+    left: list[ReportRow] = []
+    replaced: set[int] = set()  # children that their converted parents no longer need in 8 bits
+    for name, module, reason in list(_walk(model)):
+        rule, kind = rules.get(path_of(type(module))), type(module).__name__
+        if id(module) in replaced:
+            left.append(ReportRow(name, kind, _REPLACED))
+            continue
+        if rule is None or reason is not None:
+            expected = rules is _ALL and isinstance(module, _EXPECTED)
+            if (expected or isinstance(module, nn.Linear)) and not is_converted(module) and not isinstance(module, FP8Linear):
+                left.append(ReportRow(name, kind, reason or _why_unknown(module)))
+            continue
+        if "forward" in module.__dict__:
+            left.append(ReportRow(name, kind, "its forward was replaced: convert before adapters or hooks are put on it"))
+            continue
+        if filter_fn is not None and not filter_fn(module, name):
+            left.append(ReportRow(name, kind, "filter_fn"))
+            continue
+        convert, children = rule
+        try:
+            converted.append(ReportRow(name, kind, convert(module, config)))
+        except Unconvertible as why:
+            left.append(ReportRow(name, kind, str(why)))
+            continue
+        replaced |= {id(getattr(module, child, None)) for child in children}
+    return ConversionReport(tuple(converted), tuple(left))
+
+
+def _why_unknown(module: nn.Module) -> str:
+    if isinstance(module, nn.GroupNorm):
+        return "GroupNorm: no 8-bit form; compress_saved_activations packs what it saves"
+    return f"a subclass with a forward pass of its own ({path_of(type(module))})"
+
+
+def _checked(model: Any, config: Any) -> COATConfig:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    if config is not None and not isinstance(config, COATConfig):
+        raise TypeError(f"config must be a COATConfig, got {type(config).__name__}: coat_kernels.config.COATConfig() has the defaults")
+    if not any(isinstance(module, nn.Linear) for module in model.modules()):
+        raise ValueError(f"{type(model).__name__} has no torch.nn.Linear: there is nothing to convert")
+    return config or COATConfig()
+
+
+def _note(model: nn.Module, report: ConversionReport, filter_fn: Filter | None) -> None:
+    if not report.converted:
+        if filter_fn is not None and any(row.outcome == "filter_fn" for row in report.left):
+            names = ", ".join(row.name for row in report.left[:3])
+            raise ValueError(f"filter_fn(module, name) accepted none of {len(report.left)} modules ({names}, ...)")
+        raise ValueError(f"nothing in this model could be converted:\n{report}")
+    before: ConversionReport = model.__dict__.get("coat_report", ConversionReport())
+    model.__dict__["coat_report"] = before + report
+
+
+def replace_linear_with_fp8(model: nn.Module, config: COATConfig | None = None, filter_fn: Filter | None = None) -> nn.Module:
+    """Turn every `nn.Linear` of a model into an `FP8Linear`, in place; PEFT, ai-toolkit and sd-scripts still recognise the layers.
+
+    Args:
+        model: converted in place. PEFT's adapters (`lora_A`, `lora_B`) are left; their base layers are converted.
+        config: `COATConfig`: `activation_linear_granularity`, `frozen_weight_format`, `frozen_weight_granularity`.
+        filter_fn: `filter_fn(module, name)` says which layers to convert; None: all.
+
+    Returns:
+        model. `conversion_report(model)` says what was converted, what was left and why.
+
+    Raises:
+        TypeError: model is no module, config no `COATConfig`.
+        ValueError: the model has no linear layer, or filter_fn accepts none.
+    """
+    config = _checked(model, config)
+    linears = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    if any(isinstance(module, FP8Linear) for module in linears) and not any(type(module) is nn.Linear for module in linears):
+        warnings.warn("the linear layers of this model are converted already: nothing was changed", CoatWarning, stacklevel=2)
+        return model
+    _note(model, _convert_modules(model, config, filter_fn, _LINEAR), filter_fn)
+    return model
+
+
+def convert_to_coat(model: nn.Module, config: COATConfig | None = None, filter_fn: Filter | None = None) -> nn.Module:
+    """Make a model save its activations in 8 bits, in place: linear layers, norms, activation functions, and what they feed.
+
+    Modules get the class of their 8-bit form and keep identity, names, parameters, state dictionary and hooks. Known are torch's
+    modules, diffusers' (FLUX, SD3, SDXL) and transformers' (Llama and its kin); the rest of the model runs inside
+    `compress_saved_activations`, which two hooks on the model enter and leave around its forward pass. LoRA may be put on before or
+    after. Load weights and move the model before you convert it or after, as you like; wrap it in FSDP after.
+
+    Args:
+        model: converted in place.
+        config: `COATConfig`; with `use_fp8_activation=False` the model stays as it is.
+        filter_fn: `filter_fn(module, name)` says which modules to convert; None: all that have an 8-bit form.
+
+    Returns:
+        model. `conversion_report(model)` says what was converted, what was left and why.
+
+    Raises:
+        TypeError: model is no module, config no `COATConfig`.
+        ValueError: the model has no linear layer, or filter_fn accepts nothing.
+    """
+    config = _checked(model, config)
+    if not config.use_fp8_activation:
+        return model
+    if any(isinstance(hook, _Enter) for module in model.modules() for hook in module._forward_pre_hooks.values()):
+        warnings.warn("this model is converted already: nothing was changed", CoatWarning, stacklevel=2)
+        return model
+    _note(model, _convert_modules(model, config, filter_fn, _ALL), filter_fn)
+    enter = _Enter(config)
+    model.register_forward_pre_hook(enter)
+    model.register_forward_hook(_Leave(enter), always_call=True)
+    return model
+
+
+class _Enter:
+    """Forward pre-hook: what autograd saves from here on is compressed. Compiled forward passes leave that to the compiler."""
+
+    def __init__(self, config: COATConfig) -> None:
+        self.config = config
+        self.threads = threading.local()
+
+    def __call__(self, module: nn.Module, args: Any) -> None:
+        if torch.compiler.is_compiling():
+            return
+        context = compress_saved_activations(self.config) if torch.is_grad_enabled() else None
+        if context is not None:
+            context.__enter__()
+        self.open.append(context)
+
+    @property
+    def open(self) -> list[compress_saved_activations | None]:
+        """The contexts of this thread's unfinished forward passes, the innermost last."""
+        if not hasattr(self.threads, "open"):
+            self.threads.open = []
+        return self.threads.open
+
+    def __reduce__(self) -> Any:
+        return _Enter, (self.config,)
+
+
+class _Leave:
+    """Forward hook: called after a forward pass that failed, too."""
+
+    def __init__(self, enter: _Enter) -> None:
+        self.enter = enter
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
+        if torch.compiler.is_compiling() or not self.enter.open:
+            return
+        context = self.enter.open.pop()
+        if context is not None:
+            context.__exit__(None, None, None)
