@@ -42,6 +42,9 @@ COAT_SIMD_INLINE F min(F a, F b) { return _mm256_min_ps(a, b); }
 COAT_SIMD_INLINE F max(F a, F b) { return _mm256_max_ps(a, b); }
 COAT_SIMD_INLINE F abs(F a) { return _mm256_and_ps(a, as_float(set1(0x7FFFFFFF))); }
 
+// 1 / a for a >= 1, within 1.2e-7; 0 for inf.
+COAT_SIMD_INLINE F reciprocal(F a) { return div(set1(1.0f), a); }
+
 COAT_SIMD_INLINE I add(I a, I b) { return _mm256_add_epi32(a, b); }
 COAT_SIMD_INLINE I sub(I a, I b) { return _mm256_sub_epi32(a, b); }
 COAT_SIMD_INLINE I mul(I a, I b) { return _mm256_mullo_epi32(a, b); }
@@ -124,6 +127,10 @@ COAT_SIMD_INLINE void store_bf16(uint16_t* p, F x) {
   const I rounded = shr<16>(add(bits, add(set1(0x7FFF), and_(shr<16>(bits), set1(1)))));
   const M nan = {as_int(_mm256_cmp_ps(x, x, _CMP_UNORD_Q))};
   store_half(p, narrow(select(nan, set1(0x7FC0), rounded)));
+}
+COAT_SIMD_INLINE void store_bf16(uint16_t* p, F a, F b) {
+  store_bf16(p, a);
+  store_bf16(p + kLanes, b);
 }
 
 COAT_SIMD_INLINE bool any_above(const uint8_t* codes, int n, int max_code) {

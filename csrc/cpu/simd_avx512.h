@@ -40,6 +40,12 @@ COAT_SIMD_INLINE F min(F a, F b) { return _mm512_min_ps(a, b); }
 COAT_SIMD_INLINE F max(F a, F b) { return _mm512_max_ps(a, b); }
 COAT_SIMD_INLINE F abs(F a) { return _mm512_abs_ps(a); }
 
+// 1 / a for a >= 1, within 1.2e-7; 0 for inf. A division of 16 floats takes 16 cycles, this 4.
+COAT_SIMD_INLINE F reciprocal(F a) {
+  const F r = _mm512_rcp14_ps(a);
+  const M bounded = _mm512_cmp_ps_mask(a, set1(3.40282347e38f), _CMP_NGT_UQ);
+  return _mm512_maskz_fmadd_ps(bounded, r, fnma(a, r, set1(1.0f)), r);
+}
 COAT_SIMD_INLINE I add(I a, I b) { return _mm512_add_epi32(a, b); }
 COAT_SIMD_INLINE I sub(I a, I b) { return _mm512_sub_epi32(a, b); }
 COAT_SIMD_INLINE I mul(I a, I b) { return _mm512_mullo_epi32(a, b); }
@@ -107,11 +113,15 @@ COAT_SIMD_INLINE void store_half(uint16_t* p, __m256i x) { _mm256_storeu_si256(r
 COAT_SIMD_INLINE F load_f16(const uint16_t* p) { return _mm512_cvtph_ps(load_half(p)); }
 COAT_SIMD_INLINE void store_f16(uint16_t* p, F x) { store_half(p, _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT)); }
 COAT_SIMD_INLINE F load_bf16(const uint16_t* p) { return as_float(shl<16>(_mm512_cvtepu16_epi32(load_half(p)))); }
-COAT_SIMD_INLINE void store_bf16(uint16_t* p, F x) {
-  const I bits = as_int(x);
-  const I rounded = shr<16>(add(bits, add(set1(0x7FFF), and_(shr<16>(bits), set1(1)))));
-  const M nan = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
-  store_half(p, _mm512_cvtepi32_epi16(select(nan, set1(0x7FC0), rounded)));
+// The float's pattern, rounded to its upper half.
+COAT_SIMD_INLINE I round_bf16(F x) {
+  const I bits = as_int(x), rounded = add(bits, add(set1(0x7FFF), and_(shr<16>(bits), set1(1))));
+  return select(_mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q), set1(0x7FC00000), rounded);
+}
+COAT_SIMD_INLINE void store_bf16(uint16_t* p, F x) { store_half(p, _mm512_cvtepi32_epi16(shr<16>(round_bf16(x)))); }
+COAT_SIMD_INLINE void store_bf16(uint16_t* p, F a, F b) {
+  const I upper = add(mul(iota(), set1(0x00040004)), set1(0x00030001));  // 16-bit words 1, 3, 5, ...
+  _mm512_storeu_si512(p, _mm512_permutex2var_epi16(round_bf16(a), upper, round_bf16(b)));
 }
 
 // Whether any of n (a multiple of 32) codes has a magnitude above max_code.

@@ -58,6 +58,9 @@ COAT_SIMD_INLINE F min(F a, F b) { return select(a < b, a, b); }
 COAT_SIMD_INLINE F max(F a, F b) { return select(a > b, a, b); }
 COAT_SIMD_INLINE F abs(F a) { return as_float(as_int(a) & set1(static_cast<int32_t>(kAbsMask))); }
 
+// 1 / a for a >= 1, within 1.2e-7; 0 for inf.
+COAT_SIMD_INLINE F reciprocal(F a) { return div(set1(1.0f), a); }
+
 COAT_SIMD_INLINE I add(I a, I b) { return a + b; }
 COAT_SIMD_INLINE I sub(I a, I b) { return a - b; }
 COAT_SIMD_INLINE I mul(I a, I b) { return a * b; }
@@ -128,6 +131,10 @@ COAT_SIMD_INLINE void store_f16(uint16_t* p, F x) {
 }
 COAT_SIMD_INLINE void store_bf16(uint16_t* p, F x) {
   for (int i = 0; i < kLanes; ++i) p[i] = to_bfloat16(x[i]);
+}
+COAT_SIMD_INLINE void store_bf16(uint16_t* p, F a, F b) {
+  store_bf16(p, a);
+  store_bf16(p + kLanes, b);
 }
 
 // Whether any of n (a multiple of 32) codes has a magnitude above max_code.

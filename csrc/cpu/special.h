@@ -2,8 +2,8 @@
 //
 // All three functions are x s(z(x)) with s(z) = 1 / (1 + exp(-z)). For the exact GELU, whose s is the normal distribution Phi, z is the
 // logarithm of Phi's odds: x times a polynomial of x^2. Unlike a polynomial of Phi it goes to 0 and 1 by itself and keeps digits in the
-// lower tail. Errors, against float64 over every float32 in [-20, 20]: s and f' within 1.2e-6 (most of it the fit; silu and gelu_tanh
-// 4e-7), f within that times |x|.
+// lower tail. Errors against float64, over a grid of 4 million floats in [-20, 20] and to +-1e30: f is off by 4.5e-7 |x| and f' by 1.5e-6
+// with gelu, where it is the fits' error, and by 1.5e-7 |x| and 2.2e-7 with the others.
 #pragma once
 
 #include "activation.h"
@@ -19,8 +19,15 @@ COAT_SIMD_INLINE F polynomial(const float (&c)[n], F t) {
   return sum;
 }
 
-// 2^p, relative error 1.6e-7; 0 from p = -127 down, inf from 128 up, exactly.
+// 2^p, relative error 1.7e-7; 0 and inf far out, exactly. NaN stays NaN.
 COAT_SIMD_INLINE F exp2(F p) {
+#if defined(COAT_ISA_AVX512)
+  // minimax on [0, 1), own fit: 7.5e-8
+  constexpr float kPower[] = {0.9999999403953552f,  0.6931530833244324f,  0.24015361070632935f,
+                              0.05582631751894951f, 0.00898933969438076f, 0.0018775766948238015f};
+  const F rest = _mm512_reduce_ps(p, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+  return _mm512_scalef_ps(polynomial(kPower, rest), p);  // times 2^floor(p)
+#else
   // minimax on [-1/2, 1/2] with the value 1 at 0, own fit: 9.1e-8
   constexpr float kPower[] = {
       1.0f, 0.6931470036506653f, 0.24022242426872253f, 0.05550733581185341f, 0.009671512991189957f, 0.001326472731307149f};
@@ -28,6 +35,7 @@ COAT_SIMD_INLINE F exp2(F p) {
   p = min(set1(128.0f), max(set1(-127.0f), p));  // of two operands the second is returned if one is NaN
   const F shifted = add(p, set1(kMagic)), rest = sub(p, sub(shifted, set1(kMagic)));
   return as_float(add(as_int(polynomial(kPower, rest)), shl<23>(as_int(shifted))));
+#endif
 }
 
 // -log2(e) z(x); t = x^2.
@@ -44,13 +52,13 @@ COAT_SIMD_INLINE F negative_logit(F x, F t) {
 // f(x). NaN stays NaN; -inf gives NaN, as in torch.
 template <Activation kind>
 COAT_SIMD_INLINE F activation_value(F x) {
-  return div(x, add(set1(1.0f), exp2(negative_logit<kind>(x, mul(x, x)))));
+  return mul(x, reciprocal(add(set1(1.0f), exp2(negative_logit<kind>(x, mul(x, x))))));
 }
 
 // f'(x); the slope at NaN and +-inf is NaN. *value: f(x).
 template <Activation kind>
 COAT_SIMD_INLINE F activation_slope(F x, F* value) {
-  const F t = mul(x, x), e = exp2(negative_logit<kind>(x, t)), s = div(set1(1.0f), add(set1(1.0f), e));
+  const F t = mul(x, x), e = exp2(negative_logit<kind>(x, t)), s = reciprocal(add(set1(1.0f), e));
   *value = mul(x, s);
   // 1 - s = e s; where e is inf, s is 0 and its product with any number right
   const F rest = mul(*value, mul(min(set1(3.40282347e38f), e), s));

@@ -76,6 +76,15 @@ def test_forward_and_backward_are_off_by_rounding_alone(kind: str, dtype: torch.
 
 
 @kinds
+def test_functions_are_exact_to_the_stated_error(kind: str, machine: torch.device) -> None:
+    tail = torch.logspace(-30, 30, 10001, dtype=torch.float64)
+    x = torch.cat([torch.linspace(-20, 20, 300_001, dtype=torch.float64), tail, -tail]).float().to(machine)[None]
+    y, slope = value_and_slope(x, kind)
+    assert_within(OPS.activation(x, kind, "none", 128, False)[0], y, x.double())
+    assert_within(OPS.activation_backward(torch.ones_like(x), x, x.new_empty(0), kind, "none", 128), slope, torch.ones_like(y))
+
+
+@kinds
 @dtypes
 def test_gated_forward_and_backward_are_off_by_rounding_alone(kind: str, dtype: torch.dtype, machine: torch.device) -> None:
     for seed, width in enumerate(WIDTHS):
