@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..backends import require_backend
 from ..formats.scaled8 import check_format, check_group, decode, encode, num_row_groups
 
 #: Dtypes of tensors; float64 is served by the reference alone, on CPUs (gradcheck).
@@ -117,3 +119,23 @@ def empty_stored(x: Tensor, fmt: str, group_size: int, save: bool = True) -> tup
 
 def contiguous(tensor: Tensor | None) -> Any:
     return None if tensor is None else tensor.contiguous()
+
+
+def kernel_factor(factor: Tensor | None) -> Any:
+    """A factor in a dtype that kernels read."""
+    return factor.float() if factor is not None and factor.dtype == torch.float64 else factor
+
+
+def address(tensor: Tensor | None) -> int:
+    """Where a tensor lies, for kernels; 0 for None (and of an empty tensor)."""
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def backend_of(op: str, x: Tensor, reference: Any, cpu: Any) -> Any:
+    """The module that runs `op`: float64 is the reference's."""
+    if x.dtype == torch.float64:
+        return reference
+    chosen = require_backend(op, x.device)
+    if chosen == "Triton":
+        return import_module(f"{__package__}.{op}.triton")
+    return cpu if chosen == "C++" else reference

@@ -10,6 +10,9 @@
 #include "activation_quant.h"
 #include "blockwise.h"
 #include "came_8bit.h"
+#include "gated_residual.h"
+#include "norm.h"
+#include "norm_rope.h"
 #include "tables.h"
 
 namespace coat {
@@ -95,6 +98,13 @@ struct Kernels {
   void (*came_8bit)(const CameJob&, const CameRow&, float* memory);
   void (*quantize_activation)(const QuantizeActivationJob&, int64_t begin, int64_t end);
   void (*dequantize_activation)(const DequantizeActivationJob&, int64_t begin, int64_t end);
+  void (*norm)(const NormJob&, float* memory, int64_t begin, int64_t end);
+  void (*norm_from_codes)(const NormFromCodesJob&, float* memory, int64_t begin, int64_t end);
+  void (*norm_backward)(const NormBackwardJob&, float* memory, int64_t begin, int64_t end, float* dgain, float* dshift);
+  void (*norm_rope)(const NormRopeJob&, float* memory, int64_t begin, int64_t end);
+  void (*norm_rope_backward)(const NormRopeBackwardJob&, float* memory, int64_t begin, int64_t end, float* dweight, float* dfirst_weight);
+  void (*gated_residual)(const GatedResidualJob&, float* memory, int64_t begin, int64_t end);
+  void (*gated_residual_backward)(const GatedResidualBackwardJob&, float* memory, int64_t begin, int64_t end, float* dgate);
   void (*activation)(const ActivationJob&, int64_t begin, int64_t end);
 };
 
@@ -112,6 +122,13 @@ constexpr int kMinGroup = 32, kMaxGroup = 256;
   void came_8bit(const CameJob&, const CameRow&, float* memory); \
   void quantize_activation(const QuantizeActivationJob&, int64_t begin, int64_t end); \
   void dequantize_activation(const DequantizeActivationJob&, int64_t begin, int64_t end); \
+  void norm(const NormJob&, float* memory, int64_t begin, int64_t end); \
+  void norm_from_codes(const NormFromCodesJob&, float* memory, int64_t begin, int64_t end); \
+  void norm_backward(const NormBackwardJob&, float* memory, int64_t begin, int64_t end, float* dgain, float* dshift); \
+  void norm_rope(const NormRopeJob&, float* memory, int64_t begin, int64_t end); \
+  void norm_rope_backward(const NormRopeBackwardJob&, float* memory, int64_t begin, int64_t end, float* dweight, float* dfirst_weight); \
+  void gated_residual(const GatedResidualJob&, float* memory, int64_t begin, int64_t end); \
+  void gated_residual_backward(const GatedResidualBackwardJob&, float* memory, int64_t begin, int64_t end, float* dgate); \
   void activation(const ActivationJob&, int64_t begin, int64_t end); \
   constexpr Kernels kKernels{#isa, \
     quantize, \
@@ -123,6 +140,13 @@ constexpr int kMinGroup = 32, kMaxGroup = 256;
     came_8bit, \
     quantize_activation, \
     dequantize_activation, \
+    norm, \
+    norm_from_codes, \
+    norm_backward, \
+    norm_rope, \
+    norm_rope_backward, \
+    gated_residual, \
+    gated_residual_backward, \
     activation, \
   }; }
 // clang-format on

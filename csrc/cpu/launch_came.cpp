@@ -2,12 +2,11 @@
 
 #include <atomic>
 #include <cmath>
-#include <memory>
-#include <new>
 #include <vector>
 
 #include "../formats/random.h"
 #include "parallel.h"
+#include "workspace.h"
 
 namespace coat {
 namespace {
@@ -17,15 +16,6 @@ constexpr int kStep = 15, kNumel = 16, kIndex = 17, kRows = 18, kCols = 19;
 constexpr int kMaskSide = 127;  // codes on the shorter side of lr_mask's start
 // The generator's streams of lr_mask and edge_history: a contract with settings.py.
 constexpr uint32_t kStreamMask = 4, kStreamHistory = 5;
-
-struct Release {
-  void operator()(float* memory) const { operator delete(memory, std::align_val_t{64}); }
-};
-using Workspace = std::unique_ptr<float, Release>;
-
-Workspace make_workspace(int64_t floats) {
-  return Workspace(static_cast<float*>(operator new(static_cast<size_t>(floats) * sizeof(float), std::align_val_t{64})));
-}
 
 // values: float32 [256], of which three say the rest.
 CameMask make_mask(const float* values) {

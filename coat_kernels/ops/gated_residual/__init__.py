@@ -7,13 +7,15 @@ x is needed for the gradient of gate alone, and kept in 8 bits only then (`forma
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from ...formats.scaled8 import check_format, check_group
 from .._library import LIBRARY
-from ..row_values import check_rows, check_same, check_segments, check_stored, empty_stored, wide_dtype
-from . import reference
+from ..row_values import backend_of, check_rows, check_same, check_segments, check_stored, empty_stored, wide_dtype
+from . import cpu, reference
 
 LIBRARY.define("gated_residual(Tensor residual, Tensor x, Tensor gate, str fmt, int group_size, bool save) -> (Tensor, Tensor, Tensor)")
 LIBRARY.define(
@@ -43,9 +45,13 @@ def check_gated_residual_backward(
     return check_segments("gate", gate, dy)
 
 
+def _backend(tensor: Tensor) -> Any:
+    return backend_of("gated_residual", tensor, reference, cpu)
+
+
 def _gated_residual(residual: Tensor, x: Tensor, gate: Tensor, fmt: str, group_size: int, save: bool) -> tuple[Tensor, Tensor, Tensor]:
     check_gated_residual(residual, x, gate, fmt, group_size)
-    return reference.gated_residual(residual.contiguous(), x.contiguous(), gate.contiguous(), fmt=fmt, group_size=group_size, save=save)
+    return _backend(x).gated_residual(residual.contiguous(), x.contiguous(), gate.contiguous(), fmt=fmt, group_size=group_size, save=save)
 
 
 def _gated_residual_fake(residual: Tensor, x: Tensor, gate: Tensor, fmt: str, group_size: int, save: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -57,7 +63,7 @@ def _gated_residual_backward(
     dy: Tensor, codes: Tensor, scale: Tensor, gate: Tensor, fmt: str, group_size: int, need_gate: bool, need_x: bool = True
 ) -> tuple[Tensor, Tensor]:
     check_gated_residual_backward(dy, codes, scale, gate, fmt, group_size, need_gate)
-    return reference.gated_residual_backward(
+    return _backend(dy).gated_residual_backward(
         dy.contiguous(),
         codes.contiguous(),
         scale.contiguous(),

@@ -9,12 +9,15 @@ backward pass needs is xhat in 8 bits (`formats/README.md`, scaled 8-bit format)
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from ...formats.scaled8 import check_format, check_group, num_row_groups
 from .._library import LIBRARY
 from ..row_values import (
+    backend_of,
     check_device,
     check_divides,
     check_rows,
@@ -24,7 +27,7 @@ from ..row_values import (
     empty_stored,
     wide_dtype,
 )
-from . import reference
+from . import cpu, reference
 
 LIBRARY.define(
     "norm(Tensor x, Tensor? gain, Tensor? shift, bool center, bool plus_one, float eps, str fmt, int group_size, bool amax, "
@@ -81,6 +84,10 @@ def check_norm_backward(
     check_divides("norm_backward", segments, dy)
 
 
+def _backend(tensor: Tensor) -> Any:
+    return backend_of("norm", tensor, reference, cpu)
+
+
 def _norm(
     x: Tensor,
     gain: Tensor | None,
@@ -94,7 +101,7 @@ def _norm(
     save: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     check_norm(x, gain, shift, fmt, group_size)
-    return reference.norm(
+    return _backend(x).norm(
         x.contiguous(),
         contiguous(gain),
         contiguous(shift),
@@ -138,7 +145,8 @@ def _norm_from_codes(
     dtype: torch.dtype,
 ) -> Tensor:
     check_norm_from_codes(codes, scale, gain, shift, fmt, group_size, dtype)
-    return reference.norm_from_codes(
+    backend = reference if dtype == torch.float64 else _backend(codes)
+    return backend.norm_from_codes(
         codes.contiguous(),
         scale.contiguous(),
         contiguous(gain),
@@ -180,7 +188,7 @@ def _norm_backward(
     need_x: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
     check_norm_backward(dy, codes, scale, rstd, gain, fmt, group_size, segments)
-    return reference.norm_backward(
+    return _backend(dy).norm_backward(
         dy.contiguous(),
         codes.contiguous(),
         scale.contiguous(),

@@ -10,12 +10,14 @@ sequence may have a weight of their own.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from .._library import LIBRARY
-from ..row_values import check_device, check_rows, check_same, contiguous, wide_dtype
-from . import reference
+from ..row_values import backend_of, check_device, check_rows, check_same, contiguous, wide_dtype
+from . import cpu, reference
 
 LIBRARY.define(
     "norm_rope(Tensor x, Tensor weight, Tensor? first_weight, SymInt first_tokens, Tensor? cos, Tensor? sin, float eps, bool interleaved) "
@@ -72,13 +74,18 @@ def check_norm_rope_weight(weight: Tensor, name: str = "weight") -> None:
         ValueError: an element is smaller than 2^-10 of the largest, or not finite.
     """
     magnitude = weight.detach().abs().float()
-    floor = magnitude.max() * 2.0**-10
-    bad = ~((magnitude >= floor) & (magnitude > 0) & torch.isfinite(magnitude))
+    finite = torch.isfinite(magnitude)
+    largest = torch.where(finite, magnitude, 0).max()
+    bad = ~((magnitude >= largest * 2.0**-10) & (magnitude > 0) & finite)
     if bool(bad.any()):
         raise ValueError(
-            f"{name} has {int(bad.sum())} of {weight.numel()} elements under 2^-10 of its largest, {magnitude.max().item():g}: norm_rope's "
-            "backward pass divides by them. Use rms_norm and a separate rotation for this layer; it keeps its input in 8 bits instead"
+            f"{name} has {int(bad.sum())} of {weight.numel()} elements under 2^-10 of its largest, {largest.item():g}, or not finite: "
+            "norm_rope's backward pass divides by them. Use rms_norm and a rotation of its own here: it keeps 8 bits of its input"
         )
+
+
+def _backend(tensor: Tensor) -> Any:
+    return backend_of("norm_rope", tensor, reference, cpu)
 
 
 def _norm_rope(
@@ -92,7 +99,7 @@ def _norm_rope(
     interleaved: bool,
 ) -> tuple[Tensor, Tensor]:
     check_norm_rope(x, weight, first_weight, first_tokens, cos, sin)
-    return reference.norm_rope(
+    return _backend(x).norm_rope(
         x.contiguous(),
         weight.contiguous(),
         contiguous(first_weight),
@@ -133,7 +140,7 @@ def _norm_rope_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     check_norm_rope(y, weight, first_weight, first_tokens, cos, sin)
     check_norm_rope_backward(dy, y, rstd)
-    return reference.norm_rope_backward(
+    return _backend(dy).norm_rope_backward(
         dy.contiguous(),
         y.contiguous(),
         rstd.contiguous(),
