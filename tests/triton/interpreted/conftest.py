@@ -43,6 +43,7 @@ OPS = (
     "activation_quant",
     "adamw_fp8",
     "group_quant",
+    "tensor_quant",
 )
 
 
