@@ -171,7 +171,7 @@ class compress_saved_activations:  # a context manager, named as torch names its
     def __enter__(self) -> compress_saved_activations:
         if self._hooks is not None:
             raise RuntimeError("this compress_saved_activations is entered already; make a second one for a nested context")
-        self._outer = _current()
+        self._outer = _THREAD.context
         self._hooks = saved_tensors_hooks(self._save, _unpack)
         self._hooks.__enter__()
         self._watch.__enter__()
@@ -307,7 +307,10 @@ _THREAD = _Thread()
 
 
 def _current() -> compress_saved_activations | None:
-    return _THREAD.context
+    """The context that gets what autograd saves now: none inside a checkpoint within it, whose second run must save the same tensors."""
+    context = _THREAD.context
+    hooks = None if context is None else torch._C._autograd._top_saved_tensors_default_hooks(True)
+    return context if context is not None and hooks is not None and hooks[0] == context._save else None
 
 
 def offer(tensor: Tensor, rebuild: Callable[[], Tensor]) -> None:

@@ -157,19 +157,29 @@ def create_coat_trainer_for_flux_lora(
     return COATTrainer(config, learning_rate=learning_rate)
 
 
-def enable_checkpointing(model: nn.Module, fp8: bool, config: COATConfig) -> bool:
-    """Recompute the blocks of a diffusers or transformers model, whose inputs are kept in 8 bits if `fp8`; False: it offers none."""
-    enable = getattr(model, "enable_gradient_checkpointing", None) or getattr(model, "gradient_checkpointing_enable", None)
-    if enable is None or not getattr(model, "_supports_gradient_checkpointing", getattr(model, "supports_gradient_checkpointing", True)):
-        return False
-    enable()
+#: What switches checkpointing on in models of diffusers and transformers, and where they say that they have it.
+_CHECKPOINTING = (
+    ("enable_gradient_checkpointing", "_supports_gradient_checkpointing"),
+    ("activation_checkpointing_enable", "supports_gradient_checkpointing"),
+    ("gradient_checkpointing_enable", "supports_gradient_checkpointing"),
+)
+
+
+def enable_checkpointing(model: nn.Module, fp8: bool, config: COATConfig) -> None:
+    """Make a diffusers or transformers model recompute its blocks from inputs kept in 8 bits, or as they are without `fp8`.
+
+    Other models stay as they are. transformers' models recompute in training mode alone (`model.train()`).
+    """
+    offered = [name for name, flag in _CHECKPOINTING if hasattr(model, name) and getattr(model, flag, False)]
+    if not offered:
+        return
+    getattr(model, offered[0])()
     fmt, group_size = config.activation_format, config.activation_group_size
     recompute = partial(MemoryEfficientCheckpoint.checkpoint, use_fp8=fp8, fmt=fmt, group_size=group_size)
     # both libraries keep the function on each module that has blocks, under one name
     for module in model.modules():
         if getattr(module, "_gradient_checkpointing_func", None) is not None:
             module._gradient_checkpointing_func = recompute
-    return True
 
 
 def _device_of(params: Iterable[Any]) -> torch.device | None:

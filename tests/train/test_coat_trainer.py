@@ -23,6 +23,7 @@ from coat_kernels.optim import FP8AdamW
 
 TEXT, IMAGE, CHANNELS, WIDTH = 16, 64, 32, 128
 VOCABULARY = 97
+STEPS = 4
 
 
 def quiet(line: str) -> None:
@@ -135,7 +136,8 @@ def test_blocks_are_recomputed_from_8_bits_where_the_model_offers_it(kind, monke
     monkeypatch.setattr(trainer_module.MemoryEfficientCheckpoint, "checkpoint", count)
     for config, expected in ((COATConfig(), True), (COATConfig(use_fp8_activation=False), False)):
         blocks.clear()
-        loss_fn(COATTrainer(config).prepare_model(make().train()), make_batch())
+        model = COATTrainer(config).prepare_model(make().train())
+        loss_fn(model, make_batch()).backward()  # torch's own checkpoint inside of a converted model: both runs save the same tensors
         assert blocks == [expected] * {"flux": 3, "llama": 2}[kind]
     blocks.clear()
     loss_fn(COATTrainer(COATConfig(enable_memory_efficient_checkpoint=False)).prepare_model(make().train()), make_batch())
@@ -149,17 +151,26 @@ def test_training_learns_and_logs_four_phases_a_step(kind):
     trainer = COATTrainer(COATConfig(enable_memory_efficient_checkpoint=kind == "llama"), log=lines.append)
     model = trainer.prepare_model(make())
     optimizer = trainer.create_optimizer((p for p in model.parameters() if p.requires_grad), lr=3e-3, min_quant_numel=0)
-    losses = []
-    for step in range(4):
+    twin = make()
+    plain = torch.optim.AdamW([p for p in twin.parameters() if p.requires_grad], lr=3e-3)
+    losses, expected = [], []
+    for step in range(STEPS):
         given = {} if kind == "llama" else {"loss_fn": loss_fn}  # a Llama returns its loss itself
         losses.append(trainer.training_step(model, make_batch(), optimizer, step, **given)["loss"])
-    assert losses == sorted(losses, reverse=True)
-    assert losses[-1] < losses[0]
+        plain.zero_grad()
+        loss = loss_fn(twin, make_batch())
+        expected.append(loss.item())
+        loss.backward()
+        plain.step()
+    progress = expected[0] - expected[-1]
+    assert progress > 0
+    # gradients at 25 dB and more, and moments in 8 bits, change the path by a few per cent of its length
+    assert losses == pytest.approx(expected, abs=0.05 * progress)
     assert [re.fullmatch(r"\[(\w+)\] Step (\d+): Allocated: \d+\.\d\dGB, Reserved: \d+\.\d\dGB", line).groups() for line in lines] == [
-        (phase, str(step)) for step in range(4) for phase in PHASES
+        (phase, str(step)) for step in range(STEPS) for phase in PHASES
     ]
     report = trainer.get_memory_report()
-    assert report["total_samples"] == 16
+    assert report["total_samples"] == 4 * STEPS
     assert report["source"] == "resident set of the process"
     assert 0.05 < report["avg_allocated_gb"] <= report["peak_allocated_gb"] < 64  # a process with torch in it
     assert 0.05 < report["avg_reserved_gb"] <= report["peak_reserved_gb"] < 64
