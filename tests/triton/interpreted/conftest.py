@@ -39,6 +39,7 @@ if INTERPRETED and PTX:
 
 #: Ops whose launchers ask for the instruction set.
 OPS = (
+    "activation",
     "activation_quant",
     "adamw_fp8",
     "group_quant",
