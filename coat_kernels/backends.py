@@ -34,6 +34,7 @@ SUPPORT = (
     OpSupport("came_8bit", cuda="CUDA"),
     OpSupport("activation_quant"),
     OpSupport("tensor_quant"),
+    OpSupport("activation"),
 )
 _GPU_BACKEND = {row.op: row.cuda for row in SUPPORT}
 
