@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -86,7 +85,20 @@ def load_values(codes_ptr, scale_ptr, offsets, line, group, groups, mask, exists
 
 @triton.jit
 def store_values(
-    codes_ptr, scale_ptr, values, offsets, line, group, groups, row, mask, exists, FMT: tl.constexpr, DTYPE: tl.constexpr, G: tl.constexpr, ISA: tl.constexpr
+    codes_ptr,
+    scale_ptr,
+    values,
+    offsets,
+    line,
+    group,
+    groups,
+    row,
+    mask,
+    exists,
+    FMT: tl.constexpr,
+    DTYPE: tl.constexpr,
+    G: tl.constexpr,
+    ISA: tl.constexpr,
 ):
     """Codes and scales of a tile, or with FMT 0 its values."""
     if FMT == 0:
@@ -131,16 +143,11 @@ def add_blocks_kernel(
     tl.store(out_ptr + segment * row + columns, tl.sum(total, axis=0)[None, :], mask=columns < row)
 
 
-def add_blocks(partial: Tensor) -> Tensor:
-    """float32 [segments, row] of float32 [segments, blocks, row]."""
+def add_blocks(partial: Tensor, out: Tensor) -> None:
+    """out, float32 [segments, row], becomes the sum over blocks of float32 [segments, blocks, row]."""
     segments, blocks, row = partial.shape
-    out = torch.empty((segments, row), dtype=torch.float32, device=partial.device)
-    if out.numel():
-        with device_guard(partial):
-            add_blocks_kernel[(triton.cdiv(row, _COLUMNS) * segments,)](
-                partial, out, blocks, row, LINES=_LINES, COLUMNS=_COLUMNS, num_warps=4
-            )
-    return out
+    with device_guard(partial):
+        add_blocks_kernel[(triton.cdiv(row, _COLUMNS) * segments,)](partial, out, blocks, row, LINES=_LINES, COLUMNS=_COLUMNS, num_warps=4)
 
 
 @dataclass(frozen=True)

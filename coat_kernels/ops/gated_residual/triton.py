@@ -77,7 +77,7 @@ def gated_residual_backward_kernel(
     WHOLE: tl.constexpr,
     ISA: tl.constexpr,
 ):
-    """dx = gate · dy, and the sums over a block of rows that dgate is made of. Programs: blocks, one segment's after the other's; parts of a row."""
+    """dx = gate · dy, and the sums over a block of rows that dgate is made of. Programs: blocks, segment by segment; parts of a row."""
     block, segment = (tl.program_id(0) % blocks).to(tl.int64), (tl.program_id(0) // blocks).to(tl.int64)
     group, columns, exists, mask = _part(row, tl.program_id(1), G, R, WHOLE)
     gate = to_float32(tl.load(gate_ptr + segment * row + columns, mask=mask, other=0.0))
@@ -102,9 +102,7 @@ def geometry(row: int, group_size: int) -> tuple[int, dict[str, int | bool]]:
     return triton.cdiv(groups, in_tile), {"G": group_size, "R": in_tile, "WHOLE": row % group_size == 0}
 
 
-def gated_residual(
-    residual: Tensor, x: Tensor, gate: Tensor, *, fmt: str, group_size: int, save: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+def gated_residual(residual: Tensor, x: Tensor, gate: Tensor, *, fmt: str, group_size: int, save: bool) -> tuple[Tensor, Tensor, Tensor]:
     rows, row = x.numel() // x.shape[-1], x.shape[-1]
     y, (codes, scale) = torch.empty_like(x), empty_stored(x, fmt, group_size, save)
     parts, constants = geometry(row, group_size)
@@ -139,7 +137,8 @@ def gated_residual_backward(
     # fewer blocks where a row has several parts, but no fewer than one a multiprocessor
     blocks, block_rows = blocks_of(segment_rows, segments, parts) if need_gate else (segment_rows, 1)
     dx = torch.empty_like(dy) if need_x else dy.new_empty(0)
-    dgate = dy.new_empty((segments, blocks, row) if need_gate else 0, dtype=torch.float32)
+    dgate = dy.new_zeros((segments, row) if need_gate else 0, dtype=torch.float32)
+    partial = dy.new_empty((segments, blocks, row), dtype=torch.float32) if need_gate else None
     if dy.numel() and (need_x or need_gate):
         with device_guard(dy):
             gated_residual_backward_kernel[(blocks * segments, parts)](
@@ -148,7 +147,7 @@ def gated_residual_backward(
                 scale,
                 kernel_factor(gate),
                 dx if need_x else None,
-                dgate if need_gate else None,
+                partial,
                 blocks,
                 segment_rows,
                 block_rows,
@@ -160,4 +159,6 @@ def gated_residual_backward(
                 ISA=instruction_set(dy),
                 num_warps=_NUM_WARPS,
             )
-    return dx, add_blocks(dgate) if need_gate else dgate
+        if partial is not None:
+            add_blocks(partial, dgate)
+    return dx, dgate

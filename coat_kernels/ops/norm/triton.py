@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -26,6 +29,9 @@ from ..triton_rows import (
     tile_lines,
     tile_mask,
 )
+
+#: A larger tile has no registers for dx and two sums at a time: it is read once for each.
+_FUSED_TILE = 8192
 
 
 @triton.jit
@@ -302,6 +308,49 @@ def norm_from_codes(
     return y
 
 
+def _launch_backward(
+    dy: Tensor,
+    kept: tuple[Tensor, Tensor, Tensor],
+    gain: Tensor | None,
+    outputs: Sequence[Tensor | None],
+    runs: int,
+    constants: dict[str, Any],
+) -> None:
+    """One pass that fills those of `outputs` (dx, dgain, dshift) that are not None.
+
+    Args:
+        kept: codes, scale, rstd.
+        runs: segments of dgain and dshift.
+    """
+    dx, dgain, dshift = outputs
+    sums = dgain is not None or dshift is not None
+    tiles = RowTiles(dy.numel() // dy.shape[-1], dy.shape[-1], constants["G"], per_thread=16 if sums else 32)
+    run_rows = tiles.rows // runs if sums else tiles.rows
+    blocks, block_rows = blocks_of(run_rows, runs, tiles.rows_in_tile) if sums else (tiles.programs, tiles.rows_in_tile)
+    partial = [None if out is None else dy.new_empty((runs, blocks, tiles.row), dtype=torch.float32) for out in (dgain, dshift)]
+    with device_guard(dy):
+        norm_backward_kernel[(blocks * (runs if sums else 1),)](
+            dy,
+            *kept,
+            gain,
+            dx,
+            *partial,
+            blocks,
+            run_rows,
+            block_rows,
+            tiles.row,
+            tiles.groups,
+            _segment_rows(tiles.rows, tiles.row, gain, None),
+            DTYPE=tl_dtype(dy.dtype),
+            **{**tiles.constants(), **constants},
+            ISA=instruction_set(dy),
+            num_warps=tiles.num_warps,
+        )
+    for out, each in zip((dgain, dshift), partial, strict=True):
+        if out is not None and each is not None:
+            add_blocks(each, out)
+
+
 def norm_backward(
     dy: Tensor,
     codes: Tensor,
@@ -318,36 +367,15 @@ def norm_backward(
     need_shift: bool,
     need_x: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    sums = need_gain or need_shift
-    tiles = RowTiles(dy.numel() // dy.shape[-1], dy.shape[-1], group_size, per_thread=16 if sums else 32)
-    gain = kernel_factor(gain)
+    tiles = RowTiles(dy.numel() // dy.shape[-1], dy.shape[-1], group_size)
     dx = torch.empty_like(dy) if need_x else dy.new_empty(0)
-    runs, run_rows = (segments, tiles.rows // segments) if sums else (1, tiles.rows)
-    blocks, block_rows = blocks_of(run_rows, runs, tiles.rows_in_tile) if sums else (tiles.programs, tiles.rows_in_tile)
-    dgain, dshift = (dy.new_empty((runs, blocks, tiles.row) if need else 0, dtype=torch.float32) for need in (need_gain, need_shift))
-    if dy.numel() and (sums or need_x):
-        with device_guard(dy):
-            norm_backward_kernel[(blocks * runs,)](
-                dy,
-                codes,
-                scale,
-                rstd,
-                gain,
-                dx if need_x else None,
-                dgain if need_gain else None,
-                dshift if need_shift else None,
-                blocks,
-                run_rows,
-                block_rows,
-                tiles.row,
-                tiles.groups,
-                _segment_rows(tiles.rows, tiles.row, gain, None),
-                CENTER=center,
-                PLUS_ONE=plus_one,
-                FMT=FORMAT_INDEX[fmt],
-                DTYPE=tl_dtype(dy.dtype),
-                **tiles.constants(),
-                ISA=instruction_set(dy),
-                num_warps=tiles.num_warps,
-            )
-    return dx, add_blocks(dgain) if need_gain else dgain, add_blocks(dshift) if need_shift else dshift
+    sums = [dy.new_zeros((segments, tiles.row) if need else 0, dtype=torch.float32) for need in (need_gain, need_shift)]
+    wanted = [out if need else None for out, need in zip((dx, *sums), (need_x, need_gain, need_shift), strict=True)]
+    constants = {"CENTER": center, "PLUS_ONE": plus_one, "FMT": FORMAT_INDEX[fmt], "G": group_size}
+    passes = [wanted]
+    if tiles.tile > _FUSED_TILE and (need_gain or need_shift):
+        passes = [[out if i == k else None for i, out in enumerate(wanted)] for k in range(3)]
+    for outputs in passes:
+        if dy.numel() and any(out is not None for out in outputs):
+            _launch_backward(dy, (codes, scale, rstd), kernel_factor(gain), outputs, segments, constants)
+    return dx, sums[0], sums[1]

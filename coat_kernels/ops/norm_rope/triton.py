@@ -24,7 +24,6 @@ _MAX_HEAD = 1024
 @triton.jit
 def _pair_offsets(line, mask_lines, row, LINES: tl.constexpr, HALF: tl.constexpr, INTERLEAVED: tl.constexpr, WHOLE: tl.constexpr):
     """Offsets and masks of what `_load_pairs` reads: one tensor of whole rows, or the two halves of each."""
-    half = tl.cdiv(row, 2)
     if INTERLEAVED:
         columns = tl.arange(0, 2 * HALF)[None, :]
         mask = tl.broadcast_to(mask_lines[:, None], [LINES, 2 * HALF])
@@ -36,8 +35,9 @@ def _pair_offsets(line, mask_lines, row, LINES: tl.constexpr, HALF: tl.constexpr
         mask = tl.broadcast_to(mask_lines[:, None], [LINES, HALF])
         offsets = line[:, None] * row + columns
         if WHOLE:
-            return offsets, mask, offsets + half, mask
+            return offsets, mask, offsets + HALF, mask
         else:
+            half = tl.cdiv(row, 2)
             return offsets, mask & (columns < half), offsets + half, mask & (columns < row - half)
 
 
@@ -53,9 +53,7 @@ def _load_pairs(ptr, first, first_mask, second, second_mask, LINES: tl.constexpr
 
 
 @triton.jit
-def _store_pairs(
-    ptr, a, b, first, first_mask, second, second_mask, INTERLEAVED: tl.constexpr, DTYPE: tl.constexpr, ISA: tl.constexpr
-):
+def _store_pairs(ptr, a, b, first, first_mask, second, second_mask, INTERLEAVED: tl.constexpr, DTYPE: tl.constexpr, ISA: tl.constexpr):
     if INTERLEAVED:
         tl.store(ptr + first, to_dtype(tl.interleave(a, b), DTYPE, ISA), mask=first_mask)
     else:
@@ -72,9 +70,7 @@ def _load_shared(ptr, index, row, HALF: tl.constexpr, INTERLEAVED: tl.constexpr,
 
 
 @triton.jit
-def _load_weight(
-    weight_ptr, first_weight_ptr, is_first, row, HALF: tl.constexpr, INTERLEAVED: tl.constexpr, WHOLE: tl.constexpr
-):
+def _load_weight(weight_ptr, first_weight_ptr, is_first, row, HALF: tl.constexpr, INTERLEAVED: tl.constexpr, WHOLE: tl.constexpr):
     a, b = _load_shared(weight_ptr, 0, row, HALF, INTERLEAVED, WHOLE)
     if first_weight_ptr is not None:
         first_a, first_b = _load_shared(first_weight_ptr, 0, row, HALF, INTERLEAVED, WHOLE)
@@ -332,5 +328,6 @@ def norm_rope_backward(
                 ISA=instruction_set(dy),
                 num_warps=num_warps,
             )
-        sums = sums if partial is None else add_blocks(partial)
-    return dx, sums[0], sums[1] if sums.shape[0] == 2 else dy.new_empty(0, dtype=torch.float32)
+        if partial is not None:
+            add_blocks(partial, sums)
+    return dx, sums[0].clone(), sums[1].clone() if sums.shape[0] == 2 else sums.new_empty(0)

@@ -41,7 +41,10 @@ if INTERPRETED and PTX:
 OPS = (
     "activation_quant",
     "adamw_fp8",
+    "gated_residual",
     "group_quant",
+    "norm",
+    "norm_rope",
 )
 
 
