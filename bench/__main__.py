@@ -1,4 +1,4 @@
-"""`python -m bench`: measure the optimizer and the quantizers beside the peers installed, and write the rows.
+"""`python -m bench`: measure the optimizers, the quantizers and the kernels on activations beside the peers installed, and write the rows.
 
 Exit code 1 if a row of this package failed its check, 2 if the device is missing.
 """
@@ -8,16 +8,27 @@ from __future__ import annotations
 import argparse
 import re
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from . import report
+from .activation_rows import activation_rows
+from .contests import CONTESTS
 from .environment import ROOT, describe
 from .quantize_rows import quantize_rows
 from .rows import write_jsonl
 from .step_rows import step_rows
-from .works import QUANTIZE_WORKS, STEP_WORKS, StepWork
+from .works import ACTIVATION_WORKS, QUANTIZE_WORKS, STEP_WORKS, ActivationWork, QuantizeWork, StepWork
+
+#: Kind of work -> what the progress line calls it, and what makes its rows.
+RUNNERS: dict[type, tuple[str, Callable[..., list[dict]]]] = {
+    StepWork: ("step", step_rows),
+    QuantizeWork: ("quantize", quantize_rows),
+    ActivationWork: ("activations", partial(activation_rows, contests=CONTESTS)),
+}
 
 
 def _arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -43,11 +54,11 @@ def measure(arguments: argparse.Namespace) -> list[dict]:
         return bool(pattern.search(name))
 
     rows: list[dict] = []
-    works = [w for w in (*STEP_WORKS, *QUANTIZE_WORKS) if w.device == arguments.device]
+    works = [w for w in (*STEP_WORKS, *QUANTIZE_WORKS, *ACTIVATION_WORKS) if w.device == arguments.device]
     for work in works:
-        run = step_rows if isinstance(work, StepWork) else quantize_rows
+        what, run = RUNNERS[type(work)]
         work = work.quick() if arguments.quick else work
-        print(f"measuring {work.name} ({run.__name__.removesuffix('_rows')})", file=sys.stderr, flush=True)
+        print(f"measuring {work.name} ({what})", file=sys.stderr, flush=True)
         rounds = 3 if arguments.quick else arguments.rounds
         rows += run(work, wanted=wanted, rounds=rounds, budget_s=arguments.budget)
     if arguments.filter and not any(pattern.search(name) for name in names):

@@ -80,7 +80,7 @@ def plot(rows: list[dict], path: Path) -> None:
     works: dict[tuple[str, str], list[dict]] = {}
     for row in rows:
         if _ratio(row):
-            kind = "step" if row["kind"] == "step" else "quantize"
+            kind = "quantize" if row["kind"] == "dequantize" else row["kind"]
             works.setdefault((kind, row["work"]), []).append(row)
     if not works:
         return
@@ -100,7 +100,8 @@ def plot(rows: list[dict], path: Path) -> None:
             label = f"{ratios[i]:.2f}, {row['seconds'] * 1e3:.4g} ms, {row['share_of_copy']:.2f} of copy"
             axis.text(max(ratios[i], 1.0) * 1.05, i, label, va="center", fontsize=8)
         against = "torch AdamW(fused=True)" if kind == "step" else "eager torch"
-        axis.set_title(f"{kind}: {work}, time / {against}", loc="left", fontsize=9)
+        title = work if work.startswith(kind) else f"{kind}: {work}"
+        axis.set_title(f"{title}, time / {against}", loc="left", fontsize=9)
         axis.tick_params(labelsize=8)
     figure.suptitle(textwrap.fill(heading(rows[0]["environment"]), 120), fontsize=7)
     figure.savefig(path, dpi=140)

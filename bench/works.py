@@ -53,6 +53,29 @@ class QuantizeWork:
         return replace(self, name=f"{self.name} (quick)", numel=self.numel // 16)
 
 
+@dataclass(frozen=True)
+class ActivationWork:
+    """Kernels on an activation of `shape`, [tokens, width]."""
+
+    name: str
+    device: str
+    shape: tuple[int, int]
+    dtype: torch.dtype = BF16
+    clock: str = "wall_cpu"
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    def quick(self) -> ActivationWork:
+        return replace(self, name=f"{self.name} (quick)", shape=(max(self.shape[0] // 16, 1), self.shape[1]))
+
+    def tensor(self, seed: int = 0) -> torch.Tensor:
+        """Normal values, the same for every entrant; another `seed` gives another operand."""
+        generator = torch.Generator(self.device).manual_seed(seed)
+        return torch.randn(self.shape, device=self.device, generator=generator).to(self.dtype)
+
+
 LORA = (16, 3072)
 
 STEP_WORKS = (
@@ -72,4 +95,13 @@ QUANTIZE_WORKS = (
     QuantizeWork("16.8M bf16", "cpu", 1 << 24, BF16),
     QuantizeWork("2^28 fp32", "cuda", 1 << 28, clock="device_cuda"),
     QuantizeWork("2^28 bf16", "cuda", 1 << 28, BF16, clock="device_cuda"),
+)
+
+#: Of FLUX: 4096 image and 512 text tokens at 1024 x 1024, the stream of width 3072 and the MLP of 12288; and one far beyond L2.
+ACTIVATION_WORKS = (
+    ActivationWork("1024x4096 fp32", "cpu", (1024, 4096), F32),
+    ActivationWork("4608x3072 bf16", "cpu", (4608, 3072)),
+    ActivationWork("4608x3072 bf16", "cuda", (4608, 3072), clock="device_cuda"),
+    ActivationWork("4608x12288 bf16", "cuda", (4608, 12288), clock="device_cuda"),
+    ActivationWork("65536x4096 bf16", "cuda", (65536, 4096), clock="device_cuda"),
 )

@@ -32,6 +32,8 @@ SUPPORT = (
     OpSupport("blockwise_quant", cuda="CUDA"),
     OpSupport("step_8bit", cuda="CUDA"),
     OpSupport("came_8bit", cuda="CUDA"),
+    OpSupport("activation_quant"),
+    OpSupport("tensor_quant"),
 )
 _GPU_BACKEND = {row.op: row.cuda for row in SUPPORT}
 

@@ -6,6 +6,7 @@
 #include "bind_activation_quant.h"
 #include "bind_came.h"
 #include "bind_norm.h"
+#include "bind_tensor_quant.h"
 #include "cpu/launch.h"
 
 namespace py = pybind11;
@@ -172,6 +173,7 @@ PYBIND11_MODULE(_C, m) {
         py::arg("grad_scale"), py::arg("threads"));
   bind_came(m);
   bind_activation_quant(m);
+  bind_tensor_quant(m);
   bind_norm(m);
   bind_activation(m);
 }

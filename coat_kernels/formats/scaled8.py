@@ -37,6 +37,13 @@ def check_format(fmt: str, allow_none: bool = False) -> str:
     return fmt
 
 
+def check_single_format(fmt: str) -> str:
+    """`fmt` if one scale for a tensor or a row can carry it."""
+    if fmt not in SINGLE_FORMATS:
+        raise ValueError(f"format {fmt!r} cannot go with one scale for a tensor or a row; known formats: {', '.join(SINGLE_FORMATS)}")
+    return fmt
+
+
 def check_group(group_size: int) -> int:
     if group_size not in ROW_GROUP_SIZES:
         raise ValueError(f"group size {group_size!r} is not offered; choose one of {', '.join(map(str, ROW_GROUP_SIZES))}")

@@ -190,6 +190,12 @@ class _StoredLinear(FP8Linear):
             self._take_weight(weight.detach().to(self.weight_codes.device))
 
 
+_NO_WRITING = (
+    "would change a weight that is stored in FP8; assign a new one (layer.weight.data = tensor), which the layer then keeps in the "
+    "tensor's dtype"
+)
+
+
 class _StoredWeight(Tensor):
     """The weight of a `_StoredLinear` as a tensor: shape, dtype and device at once, values decoded where an operation reads them."""
 
@@ -211,10 +217,7 @@ class _StoredWeight(Tensor):
         given = dict(zip((each.name for each in func._schema.arguments), args, strict=False)) | (kwargs or {})
         for each in func._schema.arguments:
             if each.alias_info is not None and each.alias_info.is_write and isinstance(given.get(each.name), cls):
-                raise RuntimeError(
-                    f"{func} would change a weight that is stored in FP8; assign a new one (layer.weight.data = tensor), which the layer "
-                    "then keeps in the tensor's dtype"
-                )
+                raise RuntimeError(f"{func} {_NO_WRITING}")
 
         def values(value: Any) -> Any:
             return value._layer.decoded_weight() if isinstance(value, cls) else value
@@ -228,6 +231,9 @@ class _StoredWeight(Tensor):
     @data.setter
     def data(self, value: Tensor) -> None:
         self._layer.weight = value  # type: ignore[misc]
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        raise RuntimeError(f"item assignment {_NO_WRITING}")
 
     def requires_grad_(self, requires_grad: bool = True) -> _StoredWeight:
         if requires_grad:

@@ -88,4 +88,18 @@ static inline void store_split(const float* x, int count, void* param, int8_t* r
   for (int i = 0; i < count; ++i) high[i] = split_encode(x[i], residual + i);
 }
 
+// Calls run(first element, elements, first group) for pieces of groups [begin, end) of all rows: whole groups of one row, up to kBlock
+// elements, or a row's last group.
+template <typename Run>
+COAT_SIMD_INLINE void for_pieces(int64_t row, int group_size, int64_t begin, int64_t end, Run run) {
+  const int64_t groups_each = (row + group_size - 1) / group_size, step = kBlock / group_size;
+  for (int64_t group = begin; group < end;) {
+    const int64_t in_row = group % groups_each, left = groups_each - in_row;
+    const int64_t wanted = end - group < left ? end - group : left, groups = wanted < step ? wanted : step;
+    const int64_t offset = in_row * group_size, elements = groups * group_size < row - offset ? groups * group_size : row - offset;
+    run(group / groups_each * row + offset, static_cast<int>(elements), group);
+    group += groups;
+  }
+}
+
 }  // namespace coat::COAT_ISA

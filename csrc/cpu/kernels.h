@@ -14,6 +14,7 @@
 #include "norm.h"
 #include "norm_rope.h"
 #include "tables.h"
+#include "tensor_quant.h"
 
 namespace coat {
 
@@ -98,6 +99,10 @@ struct Kernels {
   void (*came_8bit)(const CameJob&, const CameRow&, float* memory);
   void (*quantize_activation)(const QuantizeActivationJob&, int64_t begin, int64_t end);
   void (*dequantize_activation)(const DequantizeActivationJob&, int64_t begin, int64_t end);
+  void (*group_amax)(const GroupAmaxJob&, int64_t begin, int64_t end);
+  void (*quantize_tensor)(const QuantizeTensorJob&, int64_t begin, int64_t end);
+  void (*dequantize_tensor)(const DequantizeTensorJob&, int64_t begin, int64_t end);
+  void (*transpose_bytes)(const TransposeJob&, int64_t begin, int64_t end);
   void (*norm)(const NormJob&, float* memory, int64_t begin, int64_t end);
   void (*norm_from_codes)(const NormFromCodesJob&, float* memory, int64_t begin, int64_t end);
   void (*norm_backward)(const NormBackwardJob&, float* memory, int64_t begin, int64_t end, float* dgain, float* dshift);
@@ -122,6 +127,10 @@ constexpr int kMinGroup = 32, kMaxGroup = 256;
   void came_8bit(const CameJob&, const CameRow&, float* memory); \
   void quantize_activation(const QuantizeActivationJob&, int64_t begin, int64_t end); \
   void dequantize_activation(const DequantizeActivationJob&, int64_t begin, int64_t end); \
+  void group_amax(const GroupAmaxJob&, int64_t begin, int64_t end); \
+  void quantize_tensor(const QuantizeTensorJob&, int64_t begin, int64_t end); \
+  void dequantize_tensor(const DequantizeTensorJob&, int64_t begin, int64_t end); \
+  void transpose_bytes(const TransposeJob&, int64_t begin, int64_t end); \
   void norm(const NormJob&, float* memory, int64_t begin, int64_t end); \
   void norm_from_codes(const NormFromCodesJob&, float* memory, int64_t begin, int64_t end); \
   void norm_backward(const NormBackwardJob&, float* memory, int64_t begin, int64_t end, float* dgain, float* dshift); \
@@ -140,6 +149,10 @@ constexpr int kMinGroup = 32, kMaxGroup = 256;
     came_8bit, \
     quantize_activation, \
     dequantize_activation, \
+    group_amax, \
+    quantize_tensor, \
+    dequantize_tensor, \
+    transpose_bytes, \
     norm, \
     norm_from_codes, \
     norm_backward, \

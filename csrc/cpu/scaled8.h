@@ -15,10 +15,10 @@ COAT_SIMD_INLINE uint32_t largest_bits(const float* x, int n) {
   return reduce_max(top);
 }
 
-// Pattern of the largest finite magnitude of n floats, any n.
-static inline uint32_t largest_finite_bits(const float* x, int64_t n) {
+// The same of finite elements alone.
+static inline uint32_t largest_finite_bits(const float* x, int n) {
   uint32_t top = 0;
-  for (int64_t i = 0; i < n; ++i) {
+  for (int i = 0; i < n; ++i) {
     const uint32_t bits = float_bits(x[i]) & kAbsMask;
     if (bits < kInfBits && bits > top) top = bits;
   }
@@ -63,14 +63,8 @@ COAT_SIMD_INLINE int encode_int8(const float* x, int n, F inverse, uint8_t* code
   return static_cast<int>(sum);
 }
 
-// Codes of n finite floats (a multiple of kLanes) of magnitudes up to amax, of which `count` are real; returns the scale.
-COAT_SIMD_INLINE float encode_finite(int fmt, const float* x, int n, int count, float amax, uint8_t* codes) {
-  if (fmt == static_cast<int>(ScaledFormat::kAuto)) {
-    constexpr int kInt8 = static_cast<int>(ScaledFormat::kInt8);
-    const int squares = encode_int8(x, n, set1(scaled_max(kInt8) / amax), codes);
-    if (auto_takes_int8(squares, count)) return -(amax / scaled_max(kInt8));
-    fmt = static_cast<int>(ScaledFormat::kE4M3);
-  }
+// Codes of n floats (a multiple of kLanes) of magnitudes up to amax; fmt is not kAuto.
+COAT_SIMD_INLINE void encode_under(int fmt, const float* x, int n, float amax, uint8_t* codes) {
   const F inverse = set1(scaled_max(fmt) / amax);
   if (is_int8(fmt)) {
     encode_int8(x, n, inverse, codes);
@@ -79,6 +73,17 @@ COAT_SIMD_INLINE float encode_finite(int fmt, const float* x, int n, int count, 
   } else {
     encode_float8<2, 15>(x, n, inverse, codes);
   }
+}
+
+// Codes of n finite floats (a multiple of kLanes) of magnitudes up to amax, of which `count` are real; returns the scale.
+COAT_SIMD_INLINE float encode_finite(int fmt, const float* x, int n, int count, float amax, uint8_t* codes) {
+  if (fmt == static_cast<int>(ScaledFormat::kAuto)) {
+    constexpr int kInt8 = static_cast<int>(ScaledFormat::kInt8);
+    const int squares = encode_int8(x, n, set1(scaled_max(kInt8) / amax), codes);
+    if (auto_takes_int8(squares, count)) return -(amax / scaled_max(kInt8));
+    fmt = static_cast<int>(ScaledFormat::kE4M3);
+  }
+  encode_under(fmt, x, n, amax, codes);
   return amax / scaled_max(fmt);
 }
 

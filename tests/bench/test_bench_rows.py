@@ -166,7 +166,7 @@ def shifted(q):
 
 def test_runner_writes_rows_table_and_plot(tmp_path, capsys):
     out = tmp_path / "rows.jsonl"
-    assert main(["--device", "cpu", "--quick", "--filter", "fp32.*/(coat e4m3|torch eager)", "--out", str(out)]) == 0
+    assert main(["--device", "cpu", "--quick", "--filter", "^[0-9].*fp32.*/(coat e4m3|torch eager)", "--out", str(out)]) == 0
     rows = read_jsonl(out)
     assert {row["work"] for row in rows} == {"33.5M fp32 (quick)", "400 x 16x3072 fp32 (quick)", "16.8M fp32 (quick)"}
     environment = rows[0]["environment"]

@@ -27,7 +27,8 @@ def gemm_mode(device: torch.device) -> str:
     """How linear layers multiply on a device: "fp8" on tensor cores, or "storage", where FP8 is how tensors are stored and nothing more."""
     if device.type != "cuda" or torch.version.hip is not None:
         return "storage"
-    return "fp8" if torch.cuda.get_device_capability(device) >= FP8_CAPABILITY else "storage"
+    properties = torch.cuda.get_device_properties(device)  # a constant to torch.compile, unlike get_device_capability
+    return "fp8" if (properties.major, properties.minor) >= FP8_CAPABILITY else "storage"
 
 
 @cache

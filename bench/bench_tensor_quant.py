@@ -1,0 +1,21 @@
+"""pytest-benchmark microbenchmarks of two-stage group scaling on the CPU. `make bench-micro` runs them."""
+
+from __future__ import annotations
+
+import pytest
+
+from .contests.tensor_quant import CONTESTS
+from .works import BF16, F32, ActivationWork
+
+pytest.importorskip("pytest_benchmark")
+
+CASES = [pytest.param(contest.kind, entrant, id=f"{contest.kind}-{entrant.name}") for contest in CONTESTS for entrant in contest.entrants]
+
+
+@pytest.mark.parametrize("dtype", (F32, BF16), ids=("fp32", "bf16"))
+@pytest.mark.parametrize(("kind", "entrant"), CASES)
+def test_tensor_quant(benchmark, kind, entrant, dtype):
+    benchmark.group = f"{kind}, 4.2M {str(dtype).removeprefix('torch.')}"
+    job = entrant.prepare(ActivationWork("1024 x 4096", "cpu", (1024, 4096), dtype))
+    benchmark.extra_info.update(job.check())
+    benchmark.pedantic(job.run, rounds=15, warmup_rounds=2)

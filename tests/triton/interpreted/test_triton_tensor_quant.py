@@ -1,0 +1,48 @@
+"""Two-stage group scaling in the interpreter: bit for bit the PyTorch reference's."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from coat_kernels.formats.scaled8 import SINGLE_FORMATS, group_amax
+from coat_kernels.ops.tensor_quant import reference
+from coat_kernels.ops.tensor_quant import triton as kernel
+
+
+def samples(*shape: int) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(shape, generator=generator) * torch.exp(torch.randn(shape, generator=generator))
+    x.view(-1)[::37] = torch.nan
+    x.view(-1)[1::53] = -torch.inf
+    x.view(-1)[2::11] = -0.0
+    return x
+
+
+@pytest.mark.parametrize("fmt", SINGLE_FORMATS)
+@pytest.mark.parametrize("per_row", [False, True])
+@pytest.mark.parametrize(
+    ("shape", "group_size"), [((7, 301), 16), ((2, 3, 512), 128), ((40, 1024), 32), ((1,), 16), ((50_000,), 256), ((0, 4), 16)]
+)
+def test_there_and_back(fmt: str, per_row: bool, shape: tuple[int, ...], group_size: int) -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        x = samples(*shape).to(dtype)
+        want_amax = group_amax(x, group_size)
+        amax = kernel.group_amax(x, group_size, want_amax.shape)
+        assert torch.equal(amax, want_amax)
+        for maxima in (amax, amax / 2):  # halved: magnitudes above them saturate
+            scale_shape = torch.Size((*x.shape[:-1], 1)) if per_row else torch.Size(())
+            want, want_scale = reference.quantize_with_amax(x, maxima, fmt=fmt, scale_shape=scale_shape)
+            codes, scale = kernel.quantize_with_amax(x, maxima, fmt, scale_shape)
+            assert torch.equal(scale, want_scale)
+            assert torch.equal(codes, want)
+            back = kernel.dequantize_tensor(codes, scale, fmt, dtype)
+            values = reference.dequantize_tensor(want, want_scale, fmt=fmt, dtype=dtype)
+            assert torch.equal(back.isnan(), values.isnan()) and torch.equal(back.nan_to_num(), values.nan_to_num())
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (63, 65), (64, 128), (130, 3), (0, 2)])
+def test_transpose(shape: tuple[int, int]) -> None:
+    codes = torch.randint(0, 256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(kernel.transpose_codes(codes), codes.t().contiguous())
