@@ -37,6 +37,7 @@ SUPPORT = (
     OpSupport("norm"),
     OpSupport("norm_rope"),
     OpSupport("gated_residual"),
+    OpSupport("activation"),
 )
 _GPU_BACKEND = {row.op: row.cuda for row in SUPPORT}
 

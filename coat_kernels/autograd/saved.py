@@ -322,9 +322,12 @@ def offer(tensor: Tensor, rebuild: Callable[[], Tensor]) -> None:
 
 
 def can_rebuild(tensor: Tensor) -> bool:
-    """Whether saving this tensor costs nothing, since its values can be rebuilt."""
+    """Whether saving this tensor costs nothing: its values can be rebuilt, or attention keeps its storage anyway."""
     context = _current()
-    return context is not None and context.rebuilds(tensor)
+    if context is None:
+        return False
+    found = context.known(tensor)
+    return context.rebuilds(tensor) or (found is not None and found.kind == "attention")
 
 
 def attention_operand(shape: torch.Size) -> AbstractContextManager[None]:
