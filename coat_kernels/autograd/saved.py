@@ -322,9 +322,16 @@ def offer(tensor: Tensor, rebuild: Callable[[], Tensor]) -> None:
 
 
 def can_rebuild(tensor: Tensor) -> bool:
-    """Whether saving this tensor costs nothing, since its values can be rebuilt."""
+    """Whether the tensor's values can be rebuilt from codes that are kept."""
     context = _current()
     return context is not None and context.rebuilds(tensor)
+
+
+def is_free(tensor: Tensor) -> bool:
+    """Whether saving the tensor itself costs nothing: it can be rebuilt, or attention keeps it anyway."""
+    context = _current()
+    found = None if context is None else context.known(tensor)
+    return can_rebuild(tensor) or (found is not None and found.kind == "attention")
 
 
 def attention_operand(shape: torch.Size) -> AbstractContextManager[None]:
