@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..ops import fp8_gemm
+from ..ops import tensor_quant as _registers_the_ops  # noqa: F401
 from ..ops.fp8_gemm import fp8_matmul
 from . import saved
 from .shared import Codes, quantize, rows_of, shared_codes
