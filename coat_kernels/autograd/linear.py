@@ -3,7 +3,7 @@
     y = x W^T + b        dx = dy W        dW = dy^T x        db = sum of dy over the rows
 
 dx needs no x. So a layer whose weight is frozen saves nothing but a reference to its weight; one whose weight is trained saves x once, as
-FP8 codes that all layers share which read the same tensor, or by reference if that costs nothing (`saved.is_free`). A weight that is
+FP8 codes that all layers share which read the same tensor, or by reference if that costs nothing (`saved.can_rebuild`). A weight that is
 stored in FP8 is decoded for each product and saved as its codes.
 
 Where the hardware multiplies FP8 (`ops/fp8_gemm`), activations and weights are e4m3 and gradients e5m2 (COAT, arXiv 2410.19313). A scale on
@@ -54,7 +54,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, per_row: bo
     fits = weight.dtype == x.dtype
     if (mode == "storage" and not trained and fits) or (dtype is None and not fits):  # the second: torch's own error
         return F.linear(x, weight, bias)  # saves the weight and nothing else
-    keep_input = trained and (not compress or _is_free(x))
+    keep_input = trained and (not compress or _rebuilds(x))
     x_codes, x_scale = None, None
     if mode == "fp8" or (trained and not keep_input):
         x_codes, x_scale = shared_codes(x, per_row)
@@ -89,8 +89,8 @@ def _mode(x: Tensor) -> str:
     return fp8_gemm.gemm_mode(x.device) if x.numel() >= MIN_FP8_ROWS * x.shape[-1] else "storage"
 
 
-def _is_free(x: Tensor) -> bool:
-    return not torch.compiler.is_compiling() and saved.is_free(x)
+def _rebuilds(x: Tensor) -> bool:
+    return not torch.compiler.is_compiling() and saved.can_rebuild(x)
 
 
 def _cast(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:

@@ -212,12 +212,6 @@ class compress_saved_activations:  # a context manager, named as torch names its
             found = self.mark(tensor, "activation")
             found.version, found.rebuild = tensor._version, rebuild
 
-    def decides(self) -> bool:
-        """Whether tensors saved now come to this context: inside a checkpoint they do not, and its second run, outside of the context,
-        has to save what the first one did."""
-        hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
-        return hooks is not None and hooks[0] == self._save
-
     def rebuilds(self, tensor: Tensor) -> bool:
         found = self.known(tensor)
         return found is not None and found.rebuild is not None and found.version == tensor._version
@@ -331,23 +325,12 @@ def offer(tensor: Tensor, rebuild: Callable[[], Tensor]) -> None:
 
 
 def can_rebuild(tensor: Tensor) -> bool:
-<<<<<<< HEAD
-    """Whether the tensor's values can be rebuilt from codes that are kept."""
-=======
     """Whether saving this tensor costs nothing: its values can be rebuilt, or attention keeps its storage anyway."""
->>>>>>> 18fe2b55c97e342cf886e01cb4b3b77d7fdc817b
     context = _current()
-    if context is None or not context.decides():
+    if context is None:
         return False
     found = context.known(tensor)
     return context.rebuilds(tensor) or (found is not None and found.kind == "attention")
-
-
-def is_free(tensor: Tensor) -> bool:
-    """Whether saving the tensor itself costs nothing: it can be rebuilt, or attention keeps it anyway."""
-    context = _current()
-    found = None if context is None else context.known(tensor)
-    return can_rebuild(tensor) or (found is not None and found.kind == "attention")
 
 
 def attention_operand(shape: torch.Size) -> AbstractContextManager[None]:
