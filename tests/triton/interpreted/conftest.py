@@ -42,7 +42,10 @@ OPS = (
     "activation",
     "activation_quant",
     "adamw_fp8",
+    "gated_residual",
     "group_quant",
+    "norm",
+    "norm_rope",
     "tensor_quant",
 )
 
