@@ -29,6 +29,20 @@ def quantizers() -> None:
         coat_kernels.dequantize_blockwise(coat_kernels.quantize_blockwise(x, block_size, signed=size % 2 == 0), dtype)
 
 
+def activations() -> None:
+    for dtype, group_size, fmt, (rows, row) in itertools.product(
+        (torch.float32, torch.bfloat16), (16, 128, 256), ("e4m3", "e5m2", "int8", "auto"), ((0, 5), (1, 1), (3, 1001), (7, 384), (2, 4097))
+    ):
+        # at an address that is aligned to the element only
+        x = torch.rand(rows * row + 1, device="cuda", dtype=dtype)[1:].view(rows, row)
+        coat_kernels.dequantize_activation(coat_kernels.quantize_activation(x, fmt, group_size), dtype)
+        if fmt != "auto":
+            for per_row in (False, True):
+                q = coat_kernels.quantize_tensor(x, fmt, group_size, per_row=per_row)
+                coat_kernels.dequantize_tensor(q, dtype)
+            torch.ops.coat_kernels.transpose_codes(q.codes)
+
+
 def steps() -> None:
     log8 = FP8QuantizationConfig(m2_format="log8")
     optimizers: tuple[Callable[..., torch.optim.Optimizer], ...] = (
@@ -54,6 +68,7 @@ def main() -> None:
     # read at the first allocation: out of torch's pool an overrun would land in memory that is allocated, and pass
     os.environ["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"
     quantizers()
+    activations()
     steps()
     torch.cuda.synchronize()
     print("every kernel ran")

@@ -34,6 +34,10 @@ SUPPORT = (
     OpSupport("came_8bit", cuda="CUDA"),
     OpSupport("activation_quant"),
     OpSupport("tensor_quant"),
+    OpSupport("norm"),
+    OpSupport("norm_rope"),
+    OpSupport("gated_residual"),
+    OpSupport("activation"),
 )
 _GPU_BACKEND = {row.op: row.cuda for row in SUPPORT}
 

@@ -5,8 +5,8 @@
 #include "bind_activation.h"
 #include "bind_activation_quant.h"
 #include "bind_came.h"
-#include "bind_tensor_quant.h"
 #include "bind_norm.h"
+#include "bind_tensor_quant.h"
 #include "cpu/launch.h"
 
 namespace py = pybind11;

@@ -44,5 +44,6 @@ def within(got: Tensor, want: Tensor, bound: Tensor) -> bool:
 
 def sqnr(got: Tensor, want: Tensor) -> float:
     """Signal to quantization noise in dB."""
-    noise = (got.double() - want.double()).square().sum()
-    return float(10 * torch.log10(want.double().square().sum() / noise))
+    got, want = got.detach().double(), want.detach().double()
+    noise = (got - want).square().sum()
+    return float(10 * torch.log10(want.square().sum() / noise))

@@ -21,6 +21,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..ops import fp8_gemm
+from ..ops import tensor_quant as _registers_the_ops  # noqa: F401
 from ..ops.fp8_gemm import fp8_matmul
 from . import saved
 

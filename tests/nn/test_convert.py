@@ -187,9 +187,10 @@ def test_loading_weights_near_zero_brings_the_norms_back():
 
 
 def test_attention_backends_reach_the_processor():
-    model = convert_to_coat(CASES["flux"].build())
-    model.set_attention_backend("_native_math")
-    assert flux_attention(model).processor.original._attention_backend is not None
+    processor = flux_attention(convert_to_coat(CASES["flux"].build())).processor
+    assert hasattr(processor, "_attention_backend")  # diffusers' set_attention_backend looks for it, and then sets it
+    processor._attention_backend = "native"
+    assert processor.original._attention_backend == processor._attention_backend == "native"
 
 
 # --- what is converted and what is said
@@ -314,3 +315,19 @@ def test_converted_blocks_compile_in_full(build):
     # what the hooks rebuild, the compiler saves in 8 bits of its own: two errors, each of 31.5 dB for e4m3
     assert sqnr(grads, grads8) > 28
     assert saved._current() is None
+
+
+@pytest.mark.parametrize("name", ["flux", "sdxl", "llama"])
+def test_gradient_checkpointing_of_the_model_itself(name):
+    """The second run of a checkpointed block lies outside of the context that the first lay in, and must save the same tensors."""
+    case = CASES[name]
+    plain = case.build()
+    model = convert_to_coat(copy.deepcopy(plain)).train()
+    if name == "llama":
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    else:
+        model.enable_gradient_checkpointing()
+    (y, grads), (y8, grads8) = case.gradients(plain), case.gradients(model)
+    assert sqnr(y, y8) > 110
+    # the inputs of a block are packed, too, and what it recomputes from them has their error: e4m3's 31.5 dB through two blocks
+    assert sqnr(grads.values(), grads8.values()) > 22

@@ -16,10 +16,12 @@ from tests.nn.blocks import add_lora, random_weights
 #: dB of all LoRA gradients together; those of the worst parameter.
 TARGETS = {"e4m3": 40.0, "auto": 46.0}
 WORST = 36.0
-IMAGE, TEXT = 96, 32
+#: 512 rows: over fewer the worst parameter, the text stream's, averages over too few tokens (35 to 37 dB at 192 rows).
+IMAGE, TEXT = 192, 64
 
 
 def model_and_inputs():
+    torch.manual_seed(0)  # of the adapters
     model = FluxTransformer2DModel(
         patch_size=1,
         in_channels=64,
@@ -83,7 +85,10 @@ def test_lora_gradients(reference, fmt, attention, record_property):
 
 
 def test_a_control_is_told_apart(reference):
-    """E5M2 with a scale for each tensor would fail."""
+    """E5M2 has a bit of mantissa less."""
     model, inputs, target, exact = reference
-    converted = convert_to_coat(copy.deepcopy(model), COATConfig(activation_format="e5m2", activation_group_size=256))
-    assert sqnr(exact.values(), lora_gradients(converted, inputs, target).values()) < TARGETS["e4m3"]
+    found = {}
+    for fmt in ("e4m3", "e5m2"):
+        converted = convert_to_coat(copy.deepcopy(model), COATConfig(activation_format=fmt))
+        found[fmt] = sqnr(exact.values(), lora_gradients(converted, inputs, target).values())
+    assert found["e5m2"] < found["e4m3"] - 3

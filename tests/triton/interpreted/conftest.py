@@ -39,9 +39,13 @@ if INTERPRETED and PTX:
 
 #: Ops whose launchers ask for the instruction set.
 OPS = (
+    "activation",
     "activation_quant",
     "adamw_fp8",
+    "gated_residual",
     "group_quant",
+    "norm",
+    "norm_rope",
     "tensor_quant",
 )
 
