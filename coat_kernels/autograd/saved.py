@@ -212,12 +212,6 @@ class compress_saved_activations:  # a context manager, named as torch names its
             found = self.mark(tensor, "activation")
             found.version, found.rebuild = tensor._version, rebuild
 
-    def decides(self) -> bool:
-        """Whether tensors saved now come to this context: inside a checkpoint they do not, and its second run, outside of the context,
-        has to save what the first one did."""
-        hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
-        return hooks is not None and hooks[0] == self._save
-
     def rebuilds(self, tensor: Tensor) -> bool:
         found = self.known(tensor)
         return found is not None and found.rebuild is not None and found.version == tensor._version
@@ -333,7 +327,7 @@ def offer(tensor: Tensor, rebuild: Callable[[], Tensor]) -> None:
 def can_rebuild(tensor: Tensor) -> bool:
     """Whether saving this tensor costs nothing: its values can be rebuilt, or attention keeps its storage anyway."""
     context = _current()
-    if context is None or not context.decides():
+    if context is None:
         return False
     found = context.known(tensor)
     return context.rebuilds(tensor) or (found is not None and found.kind == "attention")

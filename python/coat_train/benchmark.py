@@ -280,12 +280,12 @@ def _largest_by_trial(settings: BenchmarkSettings, name: str) -> int:
         shape = (size, settings.tokens, settings.hidden_size)
         try:
             training.step({"x": torch.randn(shape, device=training.device), "target": torch.zeros(shape, device=training.device)})
+            ran = True
         except torch.OutOfMemoryError:
-            return False
-        finally:
-            training.optimizer.zero_grad()
-            torch.cuda.empty_cache()
-        return True
+            ran = False
+        training.optimizer.zero_grad()
+        torch.cuda.empty_cache()  # out here the error and the tensors of its frames are gone
+        return ran
 
     torch.cuda.empty_cache()
     torch.cuda.set_per_process_memory_fraction(min(1.0, settings.memory_bytes / torch.cuda.mem_get_info()[1]))

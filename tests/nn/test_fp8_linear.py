@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from coat_kernels.autograd import linear as fp8
+from coat_kernels.autograd import shared
 from coat_kernels.config import COATConfig
 from coat_kernels.nn import FP8GELU, FP8Linear, compress_saved_activations
 from coat_kernels.ops import fp8_gemm
@@ -133,14 +134,14 @@ def test_layers_share_one_copy_of_their_input():
 
 def test_shared_copies_go_with_their_tensor():
     gc.collect()
-    before = len(fp8._SHARED)
+    before = len(shared._CODES)
     x = torch.randn(8, 64)
     _, layer = pair(64, 32)
     layer(x)
-    assert len(fp8._SHARED) == before + 1
+    assert len(shared._CODES) == before + 1
     del x
     gc.collect()
-    assert len(fp8._SHARED) == before
+    assert len(shared._CODES) == before
 
 
 def test_an_input_that_can_be_rebuilt_is_not_saved():
