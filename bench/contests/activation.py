@@ -115,7 +115,7 @@ def _saving_bytes(function: Function, backward: bool) -> Callable[[ActivationWor
 
 
 def _contests(function: Function) -> tuple[Contest, Contest]:
-    """Eager torch, Liger where it is installed, this package. Liger's backward pass overwrites its inputs: its first run alone, the check's,
+    """Eager torch, Liger where it is installed, this package. Liger's backward pass overwrites its inputs: only its first run, the check's,
     has the right ones."""
     runs: list[tuple[str, str, Forward, float, tuple[str, ...]]] = [
         ("torch eager", "torch", function.torch, EXACT_TOLERANCE, ("cpu", "cuda")),

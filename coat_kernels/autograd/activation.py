@@ -14,7 +14,7 @@ from torch.autograd.function import once_differentiable
 
 from ..formats.scaled8 import check_format, check_group
 from ..ops import activation as _registers_the_ops  # noqa: F401
-from . import saved
+from . import saved, shared
 
 _OPS: Any = torch.ops.coat_kernels
 _GELU = {"none": "gelu", "tanh": "gelu_tanh"}
@@ -27,65 +27,65 @@ def _plain_format(x: Tensor, fmt: str, group_size: int) -> str:
 
 
 class _Activation(torch.autograd.Function):
-    """x -> f(x), codes, scale. Codes and scale are outputs so that the caller can rebuild f(x) from them."""
+    """x -> f(x), maxima of its groups, codes, scale. The last three are outputs so that the caller can hand them on."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, kind: str, fmt: str, group_size: int) -> tuple[Tensor, Tensor, Tensor]:
-        y, codes, scale, _ = _OPS.activation(x, kind, fmt, group_size, False)
+    def forward(ctx: Any, x: Tensor, kind: str, fmt: str, group_size: int, amax: bool) -> tuple[Tensor, ...]:
+        y, codes, scale, y_amax = _OPS.activation(x, kind, fmt, group_size, amax)
         ctx.options = (kind, fmt, group_size)
         ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(codes, scale)
+        ctx.mark_non_differentiable(codes, scale, y_amax)
         ctx.save_for_backward(x if fmt == "none" else codes, scale)
-        return y, codes, scale
+        return y, y_amax, codes, scale
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor | None, *_: Any) -> tuple[Tensor | None, None, None, None]:
+    def backward(ctx: Any, dy: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
         dx = None if dy is None else _OPS.activation_backward(dy, *ctx.saved_tensors, *ctx.options)
-        return dx, None, None, None
+        return dx, None, None, None, None
 
 
 class _Gated(torch.autograd.Function):
     """gate, up -> f(gate) up, and the codes and scales of both."""
 
     @staticmethod
-    def forward(ctx: Any, gate: Tensor, up: Tensor, kind: str, fmt: str, group_size: int) -> tuple[Tensor, ...]:
-        y, *codes, _ = _OPS.gated_activation(gate, up, kind, fmt, group_size, False)
-        _keep(ctx, codes, gate, up, kind, fmt, group_size)
-        return y, *codes
+    def forward(ctx: Any, gate: Tensor, up: Tensor, kind: str, fmt: str, group_size: int, amax: bool) -> tuple[Tensor, ...]:
+        y, *codes, y_amax = _OPS.gated_activation(gate, up, kind, fmt, group_size, amax)
+        _keep(ctx, codes, y_amax, gate, up, kind, fmt, group_size)
+        return y, y_amax, *codes
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor | None, *_: Any) -> tuple[Tensor | None, Tensor | None, None, None, None]:
+    def backward(ctx: Any, dy: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
         if dy is None:
-            return None, None, None, None, None
+            return None, None, None, None, None, None
         dgate, dup = _OPS.gated_activation_backward(dy, *ctx.saved_tensors, *ctx.options, True).chunk(2, dim=-1)
-        return dgate if ctx.needs_input_grad[0] else None, dup if ctx.needs_input_grad[1] else None, None, None, None
+        return dgate if ctx.needs_input_grad[0] else None, dup if ctx.needs_input_grad[1] else None, None, None, None, None
 
 
 class _GatedPacked(torch.autograd.Function):
     """The same of the two halves of one tensor, whose gradient comes back whole."""
 
     @staticmethod
-    def forward(ctx: Any, packed: Tensor, kind: str, gate_first: bool, fmt: str, group_size: int) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, packed: Tensor, kind: str, gate_first: bool, fmt: str, group_size: int, amax: bool) -> tuple[Tensor, ...]:
         gate, up = _halves(packed, gate_first)
-        y, *codes, _ = _OPS.gated_activation(gate, up, kind, fmt, group_size, False)
+        y, *codes, y_amax = _OPS.gated_activation(gate, up, kind, fmt, group_size, amax)
         if fmt == "none":
             gate, up = packed, packed.new_empty(0)
-        _keep(ctx, codes, gate, up, kind, fmt, group_size)
+        _keep(ctx, codes, y_amax, gate, up, kind, fmt, group_size)
         ctx.gate_first = gate_first
-        return y, *codes
+        return y, y_amax, *codes
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor | None, *_: Any) -> tuple[Tensor | None, None, None, None, None]:
+    def backward(ctx: Any, dy: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
         if dy is None:
-            return None, None, None, None, None
+            return None, None, None, None, None, None
         gate, gate_scale, up, up_scale = ctx.saved_tensors
         if ctx.options[1] == "none":
             gate, up = _halves(gate, ctx.gate_first)
         packed = _OPS.gated_activation_backward(dy, gate, gate_scale, up, up_scale, *ctx.options, ctx.gate_first)
-        return packed, None, None, None, None
+        return packed, None, None, None, None, None
 
 
 def _halves(packed: Tensor, gate_first: bool) -> tuple[Tensor, Tensor]:
@@ -93,11 +93,11 @@ def _halves(packed: Tensor, gate_first: bool) -> tuple[Tensor, Tensor]:
     return (first, second) if gate_first else (second, first)
 
 
-def _keep(ctx: Any, codes: list[Tensor], gate: Tensor, up: Tensor, kind: str, fmt: str, group_size: int) -> None:
+def _keep(ctx: Any, codes: list[Tensor], y_amax: Tensor, gate: Tensor, up: Tensor, kind: str, fmt: str, group_size: int) -> None:
     gate_codes, gate_scale, up_codes, up_scale = codes
     ctx.options = (kind, fmt, group_size)
     ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(*codes)
+    ctx.mark_non_differentiable(*codes, y_amax)
     ctx.save_for_backward(gate if fmt == "none" else gate_codes, gate_scale, up if fmt == "none" else up_codes, up_scale)
 
 
@@ -109,18 +109,17 @@ def _activation(x: Tensor, kind: str, fmt: str, group_size: int) -> Tensor:
     fmt = _plain_format(x, fmt, group_size)
     if not _needs_gradient(x):
         return _OPS.activation(x, kind, "none", group_size, False)[0]
-    y, codes, scale = _Activation.apply(x, kind, fmt, group_size)
-    if fmt != "none" and not torch.compiler.is_compiling():
-        dtype = y.dtype
-        saved.offer(y, lambda: _OPS.activation_from_codes(codes, scale, kind, fmt, group_size, dtype))
-    return y
+    return _offer(_Activation.apply(x, kind, fmt, group_size, shared.wants_amax(x)), _OPS.activation_from_codes, kind, fmt, group_size)
 
 
-def _offer_gated(outputs: tuple[Tensor, ...], kind: str, fmt: str, group_size: int) -> Tensor:
-    y, *codes = outputs
-    if fmt != "none" and not torch.compiler.is_compiling():
+def _offer(outputs: tuple[Tensor, ...], from_codes: Any, kind: str, fmt: str, group_size: int) -> Tensor:
+    """The first output; those who read it are told how to rebuild it, and the maxima of its groups."""
+    y, y_amax, *codes = outputs
+    if not torch.compiler.is_compiling():
+        shared.offer_amax(y, y_amax)
         dtype = y.dtype
-        saved.offer(y, lambda: _OPS.gated_activation_from_codes(*codes, kind, fmt, group_size, dtype))
+        if fmt != "none":
+            saved.offer(y, lambda: from_codes(*codes, kind, fmt, group_size, dtype))
     return y
 
 
@@ -128,7 +127,8 @@ def _gated(gate: Tensor, up: Tensor, kind: str, fmt: str, group_size: int) -> Te
     fmt = _plain_format(gate, fmt, group_size)
     if not _needs_gradient(gate, up):
         return _OPS.gated_activation(gate, up, kind, "none", group_size, False)[0]
-    return _offer_gated(_Gated.apply(gate, up, kind, fmt, group_size), kind, fmt, group_size)
+    outputs = _Gated.apply(gate, up, kind, fmt, group_size, shared.wants_amax(gate))
+    return _offer(outputs, _OPS.gated_activation_from_codes, kind, fmt, group_size)
 
 
 def _gelu_kind(approximate: str) -> str:
@@ -199,4 +199,5 @@ def gated(packed: Tensor, kind: str, *, gate_first: bool, fmt: str = "e4m3", gro
     fmt = _plain_format(packed, fmt, group_size)
     if not _needs_gradient(packed):
         return _OPS.gated_activation(*_halves(packed, gate_first), kind, "none", group_size, False)[0]
-    return _offer_gated(_GatedPacked.apply(packed, kind, gate_first, fmt, group_size), kind, fmt, group_size)
+    outputs = _GatedPacked.apply(packed, kind, gate_first, fmt, group_size, shared.wants_amax(packed))
+    return _offer(outputs, _OPS.gated_activation_from_codes, kind, fmt, group_size)

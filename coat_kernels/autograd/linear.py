@@ -3,8 +3,8 @@
     y = x W^T + b        dx = dy W        dW = dy^T x        db = sum of dy over the rows
 
 dx needs no x. So a layer whose weight is frozen saves nothing but a reference to its weight; one whose weight is trained saves x once, as
-FP8 codes that all layers share which read the same tensor, or by reference if the tensor can be rebuilt (`saved.can_rebuild`). A
-weight that is stored in FP8 is decoded for each product and saved as its codes.
+FP8 codes that all layers share which read the same tensor, or by reference if that costs nothing (`saved.can_rebuild`). A weight that is
+stored in FP8 is decoded for each product and saved as its codes.
 
 Where the hardware multiplies FP8 (`ops/fp8_gemm`), activations and weights are e4m3 and gradients e5m2 (COAT, arXiv 2410.19313). A scale on
 the contracted dimension, where no FP8 product takes one, is multiplied into the other operand before that is quantized, which is exact.
@@ -18,42 +18,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..ops import fp8_gemm
 from ..ops import tensor_quant as _registers_the_ops  # noqa: F401
 from ..ops.fp8_gemm import fp8_matmul
 from . import saved
+from .shared import Codes, quantize, rows_of, shared_codes
 
-#: Elements a maximum of the first of the two stages that find a tensor's scale.
-STAGE = 128
 #: With fewer rows (modulation, conditioning) a product costs less than the quantization of its weight.
 MIN_FP8_ROWS = 32
-
-Codes = tuple[Tensor, Tensor]  # codes uint8 and scale float32, 0-dim or [rows, 1]
-
-_SHARED = WeakTensorKeyDictionary()  # tensor -> {per_row: (version, codes)}; an entry goes when its tensor goes
-
-
-def quantize(x: Tensor, fmt: str, per_row: bool) -> Codes:
-    codes, scale, _ = torch.ops.coat_kernels.quantize_tensor(x.contiguous(), fmt, STAGE, per_row)
-    return codes, scale
-
-
-def shared_codes(x: Tensor, per_row: bool) -> Codes:
-    """x [M, K] in e4m3, quantized once however many layers read this tensor object."""
-    if torch.compiler.is_compiling() or x.is_inference():
-        return _rows_of(quantize(x.detach(), "e4m3", per_row), x)
-    known: dict[bool, tuple[int, Codes]] = _SHARED.setdefault(x, {})
-    version, codes = known.get(per_row, (-1, None))
-    if codes is None or version != x._version:
-        codes = _rows_of(quantize(x.detach(), "e4m3", per_row), x)
-        known[per_row] = x._version, codes
-    return codes
-
-
-def _rows_of(codes: Codes, x: Tensor) -> Codes:
-    return codes[0].reshape(-1, x.shape[-1]), codes[1].reshape(-1, 1) if codes[1].dim() else codes[1]
 
 
 def decode(codes: Codes, dtype: torch.dtype) -> Tensor:
@@ -74,6 +47,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, per_row: bo
     Returns:
         [..., N], with x's dtype, or autocast's.
     """
+    given = x  # layers share the codes of the tensor that they are given, not of autocast's copies
     x, dtype = _autocast(x)
     compress = compress and x.dtype != torch.float64 and x.numel() > 0
     trained = torch.is_grad_enabled() and weight.requires_grad
@@ -84,7 +58,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, per_row: bo
     keep_input = trained and (not compress or _rebuilds(x))
     x_codes, x_scale = None, None
     if mode == "fp8" or (trained and not keep_input):
-        x_codes, x_scale = shared_codes(x, per_row)
+        x_codes, x_scale = shared_codes(given, per_row)
     return _Linear.apply(x, weight, bias, x_codes, x_scale, dtype, mode, per_row, keep_input)
 
 
@@ -98,9 +72,10 @@ def stored_linear(x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None =
         bias: [N].
         per_row: of x's scale, in an FP8 product.
     """
+    given = x
     x, _ = _autocast(x)
     mode = _mode(x) if x.dtype != torch.float64 and x.numel() else "storage"
-    x_codes, x_scale = shared_codes(x, per_row) if mode == "fp8" else (None, None)
+    x_codes, x_scale = shared_codes(given, per_row) if mode == "fp8" else (None, None)
     return _StoredLinear.apply(x, codes, scale, bias, x_codes, x_scale, mode, per_row)
 
 
@@ -200,7 +175,7 @@ class _Linear(torch.autograd.Function):
             dx = dx.reshape(ctx.x_shape)
         if need_weight:
             if ctx.mode == "fp8":
-                codes = _rows_of(quantize(kept[0], "e4m3", ctx.per_row), kept[0]) if ctx.keep_input else tuple(kept)
+                codes = rows_of(quantize(kept[0], "e4m3", ctx.per_row), kept[0]) if ctx.keep_input else tuple(kept)
                 dweight = _grad_weight_fp8(rows, codes).to(weight.dtype)
             else:
                 x = kept[0].reshape(-1, weight.shape[1]) if ctx.keep_input else decode(tuple(kept), dy.dtype)

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..ops.row_values import by_segment
-from . import saved
+from . import saved, shared
 
 
 class _Norm(torch.autograd.Function):
@@ -26,21 +26,22 @@ class _Norm(torch.autograd.Function):
         eps: float,
         fmt: str,
         group_size: int,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        y, codes, scale, rstd, _ = torch.ops.coat_kernels.norm(x, gain, shift, center, plus_one, eps, fmt, group_size, False)
+        amax: bool,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        y, codes, scale, rstd, y_amax = torch.ops.coat_kernels.norm(x, gain, shift, center, plus_one, eps, fmt, group_size, amax)
         ctx.save_for_backward(codes, scale, rstd, gain)
-        ctx.mark_non_differentiable(codes, scale)
+        ctx.mark_non_differentiable(codes, scale, y_amax)
         ctx.set_materialize_grads(False)
         ctx.settings = center, plus_one, fmt, group_size
         ctx.gain_shape, ctx.shift_shape = None if gain is None else gain.shape, None if shift is None else shift.shape
         ctx.gain_dtype, ctx.shift_dtype = None if gain is None else gain.dtype, None if shift is None else shift.dtype
-        return y, codes, scale
+        return y, codes, scale, y_amax
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         dy = grads[0]
-        none = (None,) * 5
+        none = (None,) * 6
         if dy is None:
             return None, None, None, *none
         codes, scale, rstd, gain = ctx.saved_tensors
@@ -103,8 +104,9 @@ def norm(
     if not needed:
         y: Tensor = torch.ops.coat_kernels.norm(x, gain, shift, center, plus_one, eps, fmt, group_size, False, False)[0]
         return y
-    y, codes, scale = _Norm.apply(x, gain, shift, center, plus_one, eps, fmt, group_size)
+    y, codes, scale, y_amax = _Norm.apply(x, gain, shift, center, plus_one, eps, fmt, group_size, shared.wants_amax(x))
     if not torch.compiler.is_compiling():
+        shared.offer_amax(y, y_amax)
         kept = [None if factor is None else factor.detach() for factor in (gain, shift)]
         dtype = y.dtype
         saved.offer(y, lambda: torch.ops.coat_kernels.norm_from_codes(codes, scale, *kept, plus_one, fmt, group_size, dtype))

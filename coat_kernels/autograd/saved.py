@@ -171,7 +171,7 @@ class compress_saved_activations:  # a context manager, named as torch names its
     def __enter__(self) -> compress_saved_activations:
         if self._hooks is not None:
             raise RuntimeError("this compress_saved_activations is entered already; make a second one for a nested context")
-        self._outer = _current()
+        self._outer = _THREAD.context
         self._hooks = saved_tensors_hooks(self._save, _unpack)
         self._hooks.__enter__()
         self._watch.__enter__()
@@ -211,12 +211,6 @@ class compress_saved_activations:  # a context manager, named as torch names its
         if is_plain(tensor) and fills_storage(tensor) and tensor.numel():
             found = self.mark(tensor, "activation")
             found.version, found.rebuild = tensor._version, rebuild
-
-    def decides(self) -> bool:
-        """Whether tensors saved now come to this context: inside a checkpoint they do not, and its second run, outside of the context,
-        has to save what the first one did."""
-        hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
-        return hooks is not None and hooks[0] == self._save
 
     def rebuilds(self, tensor: Tensor) -> bool:
         found = self.known(tensor)
@@ -313,7 +307,10 @@ _THREAD = _Thread()
 
 
 def _current() -> compress_saved_activations | None:
-    return _THREAD.context
+    """The context that gets what autograd saves now: none inside a checkpoint within it, whose second run must save the same tensors."""
+    context = _THREAD.context
+    hooks = None if context is None else torch._C._autograd._top_saved_tensors_default_hooks(True)
+    return context if context is not None and hooks is not None and hooks[0] == context._save else None
 
 
 def offer(tensor: Tensor, rebuild: Callable[[], Tensor]) -> None:
@@ -330,7 +327,7 @@ def offer(tensor: Tensor, rebuild: Callable[[], Tensor]) -> None:
 def can_rebuild(tensor: Tensor) -> bool:
     """Whether saving this tensor costs nothing: its values can be rebuilt, or attention keeps its storage anyway."""
     context = _current()
-    if context is None or not context.decides():
+    if context is None:
         return False
     found = context.known(tensor)
     return context.rebuilds(tensor) or (found is not None and found.kind == "attention")

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from .._native import CoatWarning
 from ..autograd import linear as fp8
+from ..autograd.shared import quantize
 from ..config import COATConfig
 from ..ops.fp8_gemm import say_storage
 
@@ -110,7 +111,7 @@ class _StoredLinear(FP8Linear):
     def _take_weight(self, weight: Tensor) -> None:
         per_channel = self.coat_config.frozen_weight_granularity == "per_channel"
         values = weight if weight.dtype in (torch.float32, torch.bfloat16, torch.float16) else weight.float()
-        self.weight_codes, self.weight_scale = fp8.quantize(values, "e4m3", per_channel)
+        self.weight_codes, self.weight_scale = quantize(values, "e4m3", per_channel)
 
     def _take_codes(self, codes: Tensor, scale: Tensor) -> None:
         device = self.weight_codes.device

@@ -8,13 +8,13 @@ import weakref
 import pytest
 import torch
 import torch.nn.functional as F
+from coat_train.memory import LiveStorages
 from torch import nn
 
 from coat_kernels.autograd import saved
 from coat_kernels.autograd.saved import compress_saved_activations
 from coat_kernels.config import COATConfig
 from tests.accuracy import sqnr
-from tests.autograd.live_storages import LiveStorages
 
 WIDTH, ROWS = 128, 64
 

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from coat_kernels.autograd import linear as fp8
+from coat_kernels.autograd import shared
 from coat_kernels.config import COATConfig
 from coat_kernels.nn import FP8GELU, FP8Linear, compress_saved_activations
 from coat_kernels.ops import fp8_gemm
@@ -119,11 +120,13 @@ def test_autocast_keeps_no_copy_of_the_weight(mode, frozen):
     assert frozen or layer.weight.grad.dtype == torch.float32
 
 
-def test_layers_share_one_copy_of_their_input():
+@pytest.mark.parametrize("autocast", [False, True])
+def test_layers_share_one_copy_of_their_input(autocast):
     _, q = pair(64, 32)
     k = copy.deepcopy(q)
     x = torch.randn(8, 64)
-    codes = [t for layer in (q, k) for t in saved_tensors(layer, x) if t.dtype == torch.uint8]
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        codes = [t for layer in (q, k) for t in saved_tensors(layer, x) if t.dtype == torch.uint8]
     assert codes[0].data_ptr() == codes[1].data_ptr()
     x += 1  # a new version is a new tensor
     third = next(t for t in saved_tensors(q, x) if t.dtype == torch.uint8)
@@ -133,14 +136,14 @@ def test_layers_share_one_copy_of_their_input():
 
 def test_shared_copies_go_with_their_tensor():
     gc.collect()
-    before = len(fp8._SHARED)
+    before = len(shared._CODES)
     x = torch.randn(8, 64)
     _, layer = pair(64, 32)
     layer(x)
-    assert len(fp8._SHARED) == before + 1
+    assert len(shared._CODES) == before + 1
     del x
     gc.collect()
-    assert len(fp8._SHARED) == before
+    assert len(shared._CODES) == before
 
 
 def test_an_input_that_can_be_rebuilt_is_not_saved():

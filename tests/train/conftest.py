@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import io
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -31,3 +33,12 @@ def quick(tmp_path_factory: pytest.TempPathFactory) -> tuple[Outcome, Settings, 
 def base_folder(quick: tuple[Outcome, Settings, str]) -> Path:
     """Folder of the base model that the quick run saved."""
     return quick[1].output / "transformer"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def settled_heap() -> Iterator[None]:
+    """`LiveStorages` collects garbage: over the modules of diffusers and transformers that takes most of a second, each time."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()

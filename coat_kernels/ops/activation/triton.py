@@ -181,9 +181,8 @@ def forward_kernel(
     tl.store(y_ptr + line * row + group * G + offsets, rounded, mask=element_mask(left, G, R, WHOLE))
     if gate_ptr is not None and gate_codes_ptr is not None:
         _write(gate, gate_codes_ptr, gate_scale_ptr, line, group, row, groups, left, FMT, G, R, WHOLE, ISA)
-    if GATED:
-        if up_ptr is not None and up_codes_ptr is not None:
-            _write(up, up_codes_ptr, up_scale_ptr, line, group, row, groups, left, FMT, G, R, WHOLE, ISA)
+    if up_ptr is not None and up_codes_ptr is not None:
+        _write(up, up_codes_ptr, up_scale_ptr, line, group, row, groups, left, FMT, G, R, WHOLE, ISA)
     if y_amax_ptr is not None:
         amax = group_maximum(nan_unless_finite(to_float32(rounded), ISA), ISA)
         tl.store(y_amax_ptr + line * groups + group + rows, amax, mask=rows * G < left)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from coat_kernels.formats.scaled8 import SINGLE_FORMATS, group_amax
+from coat_kernels.formats.scaled8 import SINGLE_FORMATS, group_amax, scale_of
 from coat_kernels.ops.tensor_quant import reference
 from coat_kernels.ops.tensor_quant import triton as kernel
 
@@ -39,6 +39,19 @@ def test_there_and_back(fmt: str, per_row: bool, shape: tuple[int, ...], group_s
         back = kernel.dequantize_tensor(codes, scale, fmt, dtype)
         values = reference.dequantize_tensor(want, want_scale, fmt=fmt, dtype=dtype)
         assert torch.equal(back.isnan(), values.isnan()) and torch.equal(back.nan_to_num(), values.nan_to_num())
+
+
+@pytest.mark.parametrize("per_row", [False, True])
+def test_the_largest_is_found_wherever_it_lies(per_row: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """188 maxima in chunks of 4 for stage two, of 32 for the two programs before it."""
+    monkeypatch.setattr(kernel, "_PARTIALS", 2)
+    monkeypatch.setattr(kernel, "_CHUNK", 4)
+    x = torch.ones(1, 3000)
+    for group in (0, 3, 4, 31, 32, 63, 64, 128, 187):
+        amax = group_amax(x, 16)
+        amax[0, group] = 7.0
+        _, scale = kernel.quantize_with_amax(x, amax, "e4m3", torch.Size((1, 1)) if per_row else torch.Size(()))
+        assert scale.item() == scale_of(torch.tensor(7.0), "e4m3")
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (63, 65), (64, 128), (130, 3), (0, 2)])
