@@ -170,3 +170,7 @@ def test_the_recorded_study_passes():
         for work in works.WORKS:
             loss = next(row["final_loss"] for row in rows if (row["case"]["work"], row["case"]["form"]) == (work, form))
             assert report.verdict(changed(copy.deepcopy(rows), work, form, 0, final_loss=loss * 1.1)), (work, form)
+    for work in works.WORKS:
+        ours = report.found(rows, work, "e4m3")[0]["sqnr"]
+        failures = report.verdict(changed(copy.deepcopy(rows), work, CONTROL, 0, sqnr=ours))
+        assert [failure.partition(":")[0] for failure in failures] == [work], "a control with e4m3's gradients"
