@@ -47,6 +47,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, per_row: bo
     Returns:
         [..., N], with x's dtype, or autocast's.
     """
+    given = x  # layers share the codes of the tensor that they are given, not of autocast's copies
     x, dtype = _autocast(x)
     compress = compress and x.dtype != torch.float64 and x.numel() > 0
     trained = torch.is_grad_enabled() and weight.requires_grad
@@ -57,8 +58,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, per_row: bo
     keep_input = trained and (not compress or _rebuilds(x))
     x_codes, x_scale = None, None
     if mode == "fp8" or (trained and not keep_input):
-        x_codes, x_scale = shared_codes(x, per_row)
-    return _Linear.apply(x, weight, bias, x_codes, x_scale, dtype, mode, per_row, keep_input)
+        x_codes, x_scale = shared_codes(given, per_row)
+    return saved.announce(_Linear.apply(x, weight, bias, x_codes, x_scale, dtype, mode, per_row, keep_input))
 
 
 def stored_linear(x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None = None, *, per_row: bool = False) -> Tensor:
@@ -71,10 +72,11 @@ def stored_linear(x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None =
         bias: [N].
         per_row: of x's scale, in an FP8 product.
     """
+    given = x
     x, _ = _autocast(x)
     mode = _mode(x) if x.dtype != torch.float64 and x.numel() else "storage"
-    x_codes, x_scale = shared_codes(x, per_row) if mode == "fp8" else (None, None)
-    return _StoredLinear.apply(x, codes, scale, bias, x_codes, x_scale, mode, per_row)
+    x_codes, x_scale = shared_codes(given, per_row) if mode == "fp8" else (None, None)
+    return saved.announce(_StoredLinear.apply(x, codes, scale, bias, x_codes, x_scale, mode, per_row))
 
 
 def _autocast(x: Tensor) -> tuple[Tensor, torch.dtype | None]:

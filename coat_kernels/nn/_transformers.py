@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 from torch import Tensor, nn
 
@@ -16,18 +15,12 @@ from .norm import path_of
 #: Activation module -> the kind of function it computes.
 ACTIVATIONS = {
     "torch.nn.modules.activation.SiLU": "silu",
-    "torch.nn.modules.activation.GELU": "gelu",
     "transformers.activations.SiLUActivation": "silu",
     "transformers.activations.GELUActivation": "gelu",
     "transformers.activations.GELUTanh": "gelu_tanh",
     "transformers.activations.PytorchGELUTanh": "gelu_tanh",
     "transformers.activations.NewGELUActivation": "gelu_tanh",
 }
-
-
-def kind_of(activation: Any) -> str | None:
-    kind = ACTIVATIONS.get(path_of(type(activation)))
-    return "gelu_tanh" if kind == "gelu" and getattr(activation, "approximate", "none") == "tanh" else kind
 
 
 class GatedMLP(Saving8Bit):
@@ -61,7 +54,7 @@ Convert = Callable[[nn.Module, COATConfig], str]
 
 def _mlp(forward: type[Saving8Bit], activation: str) -> Convert:
     def convert(module: nn.Module, config: COATConfig) -> str:
-        kind = kind_of(getattr(module, activation))
+        kind = ACTIVATIONS.get(path_of(type(getattr(module, activation))))
         if kind is None:
             raise Unconvertible(f"its activation function is {path_of(type(getattr(module, activation)))}")
         swap(module, forward, config)

@@ -1,5 +1,9 @@
 #include "launch.h"
 
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
 #include <atomic>
 #include <cmath>
 #include <exception>
@@ -76,6 +80,19 @@ void parallel(int64_t units, int64_t elements, int threads, const std::function<
     }
   } join{others};
   work(begin, units);
+}
+
+void expect_whole_write(void* output, int64_t bytes) {
+#ifdef MADV_HUGEPAGE
+  constexpr uintptr_t kFresh = 32 << 20, kHugePage = 2 << 20;
+  const auto begin = reinterpret_cast<uintptr_t>(output), first = (begin + kHugePage - 1) / kHugePage * kHugePage;
+  const uintptr_t last = (begin + static_cast<uintptr_t>(bytes)) / kHugePage * kHugePage;
+  // a hint: where it is refused the pages are small
+  if (static_cast<uintptr_t>(bytes) >= kFresh) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+#else
+  static_cast<void>(output);
+  static_cast<void>(bytes);
+#endif
 }
 
 std::string isa() { return chosen().load()->name; }

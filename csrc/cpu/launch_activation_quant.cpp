@@ -19,12 +19,14 @@ int64_t flatten(Job* job) {
 void quantize_activation(QuantizeActivationJob job, int threads) {
   const Kernels& kernels = kernels_in_use();
   const int64_t groups = flatten(&job);
+  expect_whole_write(job.codes, job.rows * job.row);
   parallel(groups, job.rows * job.row, threads, [&](int64_t begin, int64_t end) { kernels.quantize_activation(job, begin, end); });
 }
 
 void dequantize_activation(DequantizeActivationJob job, int threads) {
   const Kernels& kernels = kernels_in_use();
   const int64_t groups = flatten(&job);
+  expect_whole_write(job.out, job.rows * job.row * dtype_size(job.out_dtype));
   parallel(groups, job.rows * job.row, threads, [&](int64_t begin, int64_t end) { kernels.dequantize_activation(job, begin, end); });
 }
 

@@ -34,6 +34,7 @@ void quantize_tensor(QuantizeTensorJob job, float* scale, int threads) {
     scale[i] = amax[static_cast<size_t>(i)] / scaled_max(job.fmt);
   }
   job.amax = amax.data();
+  expect_whole_write(job.codes, job.rows * job.row);
   const int64_t pieces = job.row == 0 ? 0 : job.rows * num_groups(job.row, kBlock);
   parallel(pieces, job.rows * job.row, threads, [&](int64_t begin, int64_t end) { kernels.quantize_tensor(job, begin, end); });
 }
@@ -41,6 +42,7 @@ void quantize_tensor(QuantizeTensorJob job, float* scale, int threads) {
 void dequantize_tensor(const DequantizeTensorJob& job, int threads) {
   const Kernels& kernels = kernels_in_use();
   const int64_t pieces = job.row == 0 ? 0 : job.rows * num_groups(job.row, kBlock);
+  expect_whole_write(job.out, job.rows * job.row * dtype_size(job.out_dtype));
   parallel(pieces, job.rows * job.row, threads, [&](int64_t begin, int64_t end) { kernels.dequantize_tensor(job, begin, end); });
 }
 

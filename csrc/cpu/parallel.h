@@ -17,6 +17,10 @@ const Kernels& kernels_in_use();
 // work(begin, end) over [0, units) on up to `threads` threads, this one among them; fewer where there are few elements.
 void parallel(int64_t units, int64_t elements, int threads, const std::function<void(int64_t, int64_t)>& work);
 
+// Says that an output is about to be written whole. The C library takes fresh pages for every array of 32 MiB and more; in pages of 4 KiB
+// their faults cost more than the kernel: dequantizing 14M elements to float32 took 1.6 ns an element, and 0.7 in huge pages.
+void expect_whole_write(void* output, int64_t bytes);
+
 inline int64_t num_groups(int64_t numel, int group_size) { return (numel + group_size - 1) / group_size; }
 
 template <typename T>

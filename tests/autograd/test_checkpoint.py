@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from coat_train.memory import LiveStorages
 from torch import nn
 
 from coat_kernels.autograd.checkpoint import MemoryEfficientCheckpoint
 from tests.accuracy import sqnr
-from tests.autograd.live_storages import LiveStorages
 
 WIDTH = 128
 

@@ -6,10 +6,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from coat_train.memory import LiveStorages
 from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
-
-from tests.autograd.live_storages import LiveStorages
 
 LINEARS = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
 LINEARS += ("proj_mlp", "proj_out", "net.0.proj", "net.2")

@@ -120,11 +120,13 @@ def test_autocast_keeps_no_copy_of_the_weight(mode, frozen):
     assert frozen or layer.weight.grad.dtype == torch.float32
 
 
-def test_layers_share_one_copy_of_their_input():
+@pytest.mark.parametrize("autocast", [False, True])
+def test_layers_share_one_copy_of_their_input(autocast):
     _, q = pair(64, 32)
     k = copy.deepcopy(q)
     x = torch.randn(8, 64)
-    codes = [t for layer in (q, k) for t in saved_tensors(layer, x) if t.dtype == torch.uint8]
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        codes = [t for layer in (q, k) for t in saved_tensors(layer, x) if t.dtype == torch.uint8]
     assert codes[0].data_ptr() == codes[1].data_ptr()
     x += 1  # a new version is a new tensor
     third = next(t for t in saved_tensors(q, x) if t.dtype == torch.uint8)

@@ -23,10 +23,10 @@ from coat_implementation import (
     create_coat_trainer_for_flux_lora,
     replace_linear_with_fp8,
 )
+from coat_train.memory import LiveStorages
 from torch import nn
 
 from coat_kernels.nn import FP8Linear
-from tests.autograd.live_storages import LiveStorages
 
 #: Largest relative error of rounding to e4m3's three mantissa bits.
 E4M3_STEP = 2**-4

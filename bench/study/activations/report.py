@@ -145,6 +145,6 @@ def plot(rows: list[dict], path: Path) -> None:
         )
         bottom.set(xlabel="step")
     axes[1, 0].set(ylabel="SQNR of the gradients, dB")
-    axes[1, 0].legend(fontsize=6)
+    axes[1, 1].legend(fontsize=6, loc="lower left")
     figure.savefig(path, dpi=130)
     plt.close(figure)

@@ -9,9 +9,9 @@ from collections.abc import Callable
 from dataclasses import asdict
 
 import torch
+from coat_train.memory import LiveStorages
 from torch import Tensor, nn
 
-from ...live_storages import LiveStorages
 from ..family.train import fit
 from ..family.works import Batch, Work
 from . import forms

@@ -92,7 +92,7 @@ def fp8_matmul(
     a, b = _aligned(a, 1), _aligned(_aligned(b, 1), ALIGNMENT)
     if per_row:
         scale_a = scale_a.expand(rows, 1).contiguous()
-        scale_b = F.pad(scale_b.expand(columns, 1), (0, 0, 0, b.shape[0] - columns), value=1.0).t().contiguous()
+        scale_b = F.pad(scale_b.expand(columns, 1), (0, 0, 0, b.shape[0] - columns)).t().contiguous()
     # row-wise products of cuBLASLt and CUTLASS come in bfloat16 alone, and a bias has the product's dtype
     product_dtype = torch.bfloat16 if per_row and a.is_cuda else out_dtype
     fused = bias is not None and product_dtype == out_dtype and out_dtype != torch.float32

@@ -1,3 +1,0 @@
-from coat_train.memory import LiveStorages
-
-__all__ = ["LiveStorages"]

@@ -1,3 +1,0 @@
-from bench.live_storages import LiveStorages
-
-__all__ = ["LiveStorages"]
