@@ -56,7 +56,7 @@ class BenchmarkSettings:
     use_fp8_optimizer: bool = True
     use_fp8_activation: bool = False
     precision: str = "bf16"
-    lr: float = 1e-3
+    lr: float = 3e-4
     memory_gb: float | None = None
     device: str = "cpu"
     seed: int = 0

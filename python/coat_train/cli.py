@@ -69,7 +69,7 @@ def bench_model(
         bool, typer.Option("--use-fp8-optimizer/--no-fp8-optimizer", "--use_fp8_optimizer", help="COAT keeps moments in FP8.")
     ] = True,
     precision: Annotated[str, typer.Option(help="bf16 (autocast over float32 weights) or fp32.")] = "bf16",
-    lr: Annotated[float, typer.Option(help="Learning rate of both.")] = 1e-3,
+    lr: Annotated[float, typer.Option(help="Learning rate of both.")] = 3e-4,
     memory_gb: Annotated[
         float | None, typer.Option("--memory-gb", "--memory_gb", help="What the largest batch must fit in [the GPU's; 24 without one].")
     ] = None,

@@ -21,7 +21,7 @@ from coat_train.memory import GB
 from typer.testing import CliRunner
 
 ROOT = Path(__file__).parents[2]
-SMALL = BenchmarkSettings(hidden_size=256, num_layers=2, batch_size=2, num_steps=4, seq_len=64, use_fp8_activation=True)
+SMALL = BenchmarkSettings(hidden_size=256, num_layers=2, batch_size=2, num_steps=4, seq_len=64, use_fp8_activation=True, lr=1e-3)
 
 
 @pytest.fixture(scope="module")
