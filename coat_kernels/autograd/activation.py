@@ -60,7 +60,7 @@ class _Gated(torch.autograd.Function):
         if dy is None:
             return None, None, None, None, None, None
         dgate, dup = _OPS.gated_activation_backward(dy, *ctx.saved_tensors, *ctx.options, True).chunk(2, dim=-1)
-        return dgate if ctx.needs_input_grad[0] else None, dup if ctx.needs_input_grad[1] else None, None, None, None, None
+        return dgate, dup, None, None, None, None
 
 
 class _GatedPacked(torch.autograd.Function):

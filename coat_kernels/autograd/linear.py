@@ -59,7 +59,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, per_row: bo
     x_codes, x_scale = None, None
     if mode == "fp8" or (trained and not keep_input):
         x_codes, x_scale = shared_codes(given, per_row)
-    return _Linear.apply(x, weight, bias, x_codes, x_scale, dtype, mode, per_row, keep_input)
+    return saved.announce(_Linear.apply(x, weight, bias, x_codes, x_scale, dtype, mode, per_row, keep_input))
 
 
 def stored_linear(x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None = None, *, per_row: bool = False) -> Tensor:
@@ -76,7 +76,7 @@ def stored_linear(x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None =
     x, _ = _autocast(x)
     mode = _mode(x) if x.dtype != torch.float64 and x.numel() else "storage"
     x_codes, x_scale = shared_codes(given, per_row) if mode == "fp8" else (None, None)
-    return _StoredLinear.apply(x, codes, scale, bias, x_codes, x_scale, mode, per_row)
+    return saved.announce(_StoredLinear.apply(x, codes, scale, bias, x_codes, x_scale, mode, per_row))
 
 
 def _autocast(x: Tensor) -> tuple[Tensor, torch.dtype | None]:

@@ -43,6 +43,9 @@ class Watch(TorchFunctionMode):
         if func in _ATTENTION:
             operands = dict(zip(("query", "key", "value"), args, strict=False)) | kwargs
             return self.context.attend(lambda: func(*args, **kwargs), operands["query"], operands["key"], operands["value"])
+        for operand in _flat((args, kwargs)):
+            if isinstance(operand, Tensor):
+                self._adopt(operand)
         if func is F.linear and args:
             args = (self._cast_as_autocast_does(args[0]), *args[1:])
         out = func(*args, **kwargs)
@@ -53,6 +56,15 @@ class Watch(TorchFunctionMode):
                 if isinstance(each, Tensor):
                     self._watch(each, None, args, kwargs)
         return out
+
+    def _adopt(self, operand: Tensor) -> None:
+        """Mark what no torch function returned: the output of an `autograd.Function`, or a tensor from before the context."""
+        node = operand.grad_fn
+        if node is None or not is_plain(operand) or self.context.known(operand) is not None:
+            return
+        # the node of a leaf has a variable; what has no other parents may well be made of parameters alone
+        if any(parent is not None and not hasattr(parent, "variable") for parent, _ in node.next_functions):
+            self.context.mark(operand, "activation")
 
     def _cast_as_autocast_does(self, x: Tensor) -> Tensor:
         """Autocast would cast inside of the operation, and what it saved then would be a copy that nobody knows how to rebuild."""

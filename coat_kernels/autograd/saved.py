@@ -324,6 +324,14 @@ def offer(tensor: Tensor, rebuild: Callable[[], Tensor]) -> None:
         context.offer(tensor, rebuild)
 
 
+def announce(tensor: Tensor) -> Tensor:
+    """Say that an `autograd.Function`, which torch's function modes do not see, has made an activation; returns it."""
+    context = None if torch.compiler.is_compiling() else _current()
+    if context is not None and tensor.requires_grad and is_plain(tensor) and context.known(tensor) is None:
+        context.mark(tensor, "activation")
+    return tensor
+
+
 def can_rebuild(tensor: Tensor) -> bool:
     """Whether saving this tensor costs nothing: its values can be rebuilt, or attention keeps its storage anyway."""
     context = _current()

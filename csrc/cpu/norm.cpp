@@ -36,47 +36,55 @@ class SegmentFactors {
   float *const gain, *const shift;
 };
 
-// x becomes x - mean; returns the sum of the squares.
+// What is known of a row: where its whole vectors lie as floats, its last, shorter vector, its mean (0 unless centered) and its rstd.
+struct Statistics {
+  const float* x;
+  F tail, mean;
+  float rstd;
+};
+
+// Reads a row. float32 stays where it is; other dtypes are converted into memory.
 template <DType kType, bool kCenter>
-float load_centered(const void* in, int64_t n, float* x) {
+Statistics read_row(const void* in, int64_t n, float eps, float* memory) {
   const int64_t full = whole_vectors(n);
+  const float inverse = 1.0f / static_cast<float>(n);
+  Statistics row{kType == DType::kFloat32 ? static_cast<const float*>(in) : memory, set1(0.0f), set1(0.0f), 0};
   F total = sum_vectors(full, [&](int64_t i) COAT_LAMBDA_INLINE {
     const F v = load_vector<kType>(in, i);
-    store(x + i, v);
+    if constexpr (kType != DType::kFloat32) store(memory + i, v);
     return kCenter ? v : mul(v, v);
   });
   if (full < n) {
-    const F v = load_tail<kType>(in, full, n);
-    store(x + full, v);
-    total = add(total, kCenter ? v : mul(v, v));
+    row.tail = load_tail<kType>(in, full, n);
+    total = add(total, kCenter ? row.tail : mul(row.tail, row.tail));
   }
-  if constexpr (!kCenter) return sum(total);
-  const F mean = set1(sum(total) / static_cast<float>(n));
-  F squares = sum_vectors(full, [&](int64_t i) COAT_LAMBDA_INLINE {
-    const F v = sub(load(x + i), mean);
-    store(x + i, v);
-    return mul(v, v);
-  });
-  if (full < n) {
-    const F v = first_lanes(sub(load(x + full), mean), n - full);
-    store(x + full, v);
-    squares = add(squares, mul(v, v));
+  if constexpr (kCenter) {
+    row.mean = set1(sum(total) * inverse);
+    total = sum_vectors(full, [&](int64_t i) COAT_LAMBDA_INLINE {
+      const F v = sub(load(row.x + i), row.mean);
+      return mul(v, v);
+    });
+    if (full < n) {
+      const F v = first_lanes(sub(row.tail, row.mean), n - full);
+      total = add(total, mul(v, v));
+    }
   }
-  return sum(squares);
+  row.rstd = 1.0f / std::sqrt(sum(total) * inverse + eps);
+  return row;
 }
 
-// y = h · gain + shift with h = x · factor, which replaces x.
-template <DType kType, bool kFactors>
-void write_output(float* x, float factor, int64_t n, const SegmentFactors& factors, void* y) {
+// y = h · gain + shift with h = (x - mean) · rstd, which kSave keeps in memory.
+template <DType kType, bool kCenter, bool kFactors, bool kSave>
+void write_output(const Statistics& row, int64_t n, const SegmentFactors& factors, float* memory, void* y) {
   const int64_t full = whole_vectors(n);
-  const F scale = set1(factor);
-  const auto output = [&](int64_t i) COAT_LAMBDA_INLINE {
-    const F h = mul(load(x + i), scale);
-    store(x + i, h);
+  const F scale = set1(row.rstd);
+  const auto output = [&](int64_t i, F v) COAT_LAMBDA_INLINE {
+    const F h = mul(kCenter ? sub(v, row.mean) : v, scale);
+    if constexpr (kSave) store(memory + i, h);
     return kFactors ? add(mul(h, load(factors.gain + i)), load(factors.shift + i)) : h;
   };
-  for (int64_t i = 0; i < full; i += kLanes) store_vector<kType>(y, i, output(i));
-  if (full < n) store_tail<kType>(y, full, n, output(full));
+  for (int64_t i = 0; i < full; i += kLanes) store_vector<kType>(y, i, output(i, load(row.x + i)));
+  if (full < n) store_tail<kType>(y, full, n, output(full, row.tail));
 }
 
 // The largest finite magnitude of each group of a row of y.
@@ -95,18 +103,19 @@ template <DType kType, bool kCenter, bool kFactors>
 void norm_rows(const NormJob& job, float* memory, int64_t begin, int64_t end) {
   const int64_t n = job.row, groups = (n + job.group_size - 1) / job.group_size;
   const Scaled8 format{job.fmt, job.group_size};
-  float* const x = memory;
   SegmentFactors factors(job.factors, n, memory + padded_row(n));
   for (int64_t r = begin; r < end; ++r) {
     if constexpr (kFactors) factors.enter_row(r);
-    const float squares = load_centered<kType, kCenter>(at(job.x, kType, r * n), n, x);
-    const float rstd = 1.0f / std::sqrt(squares / static_cast<float>(n) + job.eps);
+    const Statistics row = read_row<kType, kCenter>(at(job.x, kType, r * n), n, job.eps, memory);
     void* const y = at(job.y, kType, r * n);
-    write_output<kType, kFactors>(x, rstd, n, factors, y);
+    if (job.codes == nullptr) {
+      write_output<kType, kCenter, kFactors, false>(row, n, factors, memory, y);
+    } else {
+      write_output<kType, kCenter, kFactors, true>(row, n, factors, memory, y);
+      job.rstd[r] = row.rstd;
+      store_stored(job.codes, job.scale, kType, format, r, n, memory);
+    }
     if (job.y_amax != nullptr) write_amax(y, kType, n, job.group_size, job.y_amax + r * groups);
-    if (job.codes == nullptr) continue;
-    job.rstd[r] = rstd;
-    store_stored(job.codes, job.scale, kType, format, r, n, x);
   }
 }
 
@@ -184,8 +193,9 @@ void norm_from_codes(const NormFromCodesJob& job, float* memory, int64_t begin, 
     for (int64_t r = begin; r < end; ++r) {
       factors.enter_row(r);
       load_stored(job.codes, job.scale, job.codes_dtype, format, r, n, memory);
+      const Statistics row{memory, load(memory + whole_vectors(n)), set1(0.0f), 1.0f};
       void* const y = at(job.y, kType, r * n);
-      (factors.any() ? write_output<kType, true> : write_output<kType, false>)(memory, 1.0f, n, factors, y);
+      (factors.any() ? write_output<kType, false, true, false> : write_output<kType, false, false, false>)(row, n, factors, memory, y);
     }
   });
 }

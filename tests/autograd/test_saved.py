@@ -14,6 +14,7 @@ from torch import nn
 from coat_kernels.autograd import saved
 from coat_kernels.autograd.saved import compress_saved_activations
 from coat_kernels.config import COATConfig
+from coat_kernels.nn import FP8Linear
 from tests.accuracy import sqnr
 
 WIDTH, ROWS = 128, 64
@@ -160,6 +161,34 @@ def test_attention_is_kept_unless_asked(x, attention_format):
         assert codes <= sum(large.values()) <= codes + 4 * x.numel() // 8, large  # groups of 32: a float32 scale each
     actual = torch.autograd.grad(out.square().sum(), model.parameters())
     assert min(sqnr(a, b) for a, b in zip(expected, actual, strict=True)) > (100 if attention_format is None else 30)
+
+
+class Doubled(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return 2 * x
+
+    @staticmethod
+    def backward(ctx, dy):
+        return 2 * dy
+
+
+def test_the_output_of_a_function_of_somebody_else_is_an_activation(x):
+    h, weight = x.clone().requires_grad_(), nn.Parameter(torch.randn(WIDTH, WIDTH))
+    with compress_saved_activations() as context:
+        F.silu(Doubled.apply(h * 1.0)).sum()
+    assert context.tally.packed == 1
+    with compress_saved_activations() as context:
+        F.linear(x, Doubled.apply(weight)).sum()  # fake quantization and the like: made of parameters alone
+    assert context.tally.packed == 0
+
+
+def test_the_input_of_a_function_after_a_converted_linear_is_packed(x):
+    for linear in (nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH).requires_grad_(False)):
+        layer = FP8Linear.from_linear(linear, COATConfig(frozen_weight_format="e4m3"))
+        with compress_saved_activations() as context:
+            F.silu(layer(x.clone().requires_grad_() * 1.0)).sum()
+        assert context.tally.bytes_before >= x.nbytes
 
 
 def test_parameters_and_what_is_made_of_them_are_kept(x):

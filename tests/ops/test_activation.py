@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from coat_kernels.formats import scaled8
+from coat_kernels.ops.activation import reference
 from coat_kernels.ops.activation.kinds import KINDS, as_rows
 
 OPS = torch.ops.coat_kernels
@@ -59,6 +60,17 @@ def assert_within(got: Tensor, want: Tensor, scale: Tensor, error: float = FUNCT
     rounding = ROUNDING[got.dtype]
     off = (got.double() - want).abs() - (rounding * want.abs() + (1 + rounding) * error * scale.abs() + TINY)
     assert (off <= 0).all(), f"off by {off.max().item():.3g} more than allowed"
+
+
+@kinds
+def test_the_reference_is_torchs_function(kind: str) -> None:
+    """Triton's kernels take constants from it and are held against it in the interpreter."""
+    x = torch.linspace(-12, 12, 100_001, dtype=torch.float64)
+    y, slope = value_and_slope(x, kind)
+    assert ((reference.value(x, kind) - y).abs() <= 1e-14 * x.abs()).all()
+    got_y, got_slope = reference.value_and_slope(x, kind)
+    assert torch.equal(got_y, reference.value(x, kind))
+    assert ((got_slope - slope).abs() <= 1e-13).all()
 
 
 @kinds

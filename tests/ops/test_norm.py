@@ -10,7 +10,7 @@ from torch import Tensor
 
 from coat_kernels.formats.scaled8 import ROW_GROUP_SIZES, SCALED_FORMATS, decode, encode
 from coat_kernels.ops.norm import reference
-from tests.rounding import U32, coded, sqnr, stored, sum_units, within
+from tests.rounding import U32, coded, same, same_codes, sqnr, stored, sum_units, within
 
 OPS = torch.ops.coat_kernels
 EPS = 1e-6
@@ -118,16 +118,16 @@ def test_codes_are_those_of_the_format(fmt: str, group_size: int, machine: torch
     for row in (7, 100, 4104):
         case = Case("modulate", row, torch.bfloat16, machine)
         y, codes, scale, rstd, _ = case.run(fmt, group_size)
-        case.x, same = case.x.float(), case.dtype
+        case.x, dtype = case.x.float(), case.dtype
         _, xhat, empty, rstd_none, _ = case.run("none", group_size)
         want, want_scale = encode(xhat, fmt, group_size)
-        assert torch.equal(codes, want) and torch.equal(scale, want_scale)
-        assert torch.equal(rstd, rstd_none) and empty.numel() == 0
-        again = OPS.norm_from_codes(codes, scale, case.gain, case.shift, True, fmt, group_size, same)
+        assert same_codes(codes, want) and same(scale, want_scale)
+        assert same(rstd, rstd_none) and empty.numel() == 0
+        again = OPS.norm_from_codes(codes, scale, case.gain, case.shift, True, fmt, group_size, dtype)
         values = decode(codes, scale, fmt, group_size, torch.float64).view(case.xhat.shape)
         exact = values * case.factor + case.offset
         assert again.dtype == y.dtype
-        assert within(again.view(exact.shape), exact, 4 * U32 * (exact.abs() + case.offset.abs()) + stored(exact, same))
+        assert within(again.view(exact.shape), exact, 4 * U32 * (exact.abs() + case.offset.abs()) + stored(exact, dtype))
 
 
 @kinds
@@ -172,9 +172,9 @@ def test_nothing_is_computed_that_is_not_needed(needs: tuple[bool, bool, bool], 
     for got, want, need in zip(
         case.backward(kept, "e4m3", 16, needs), case.backward(kept, "e4m3", 16, (True, True, True)), (needs[2], *needs[:2]), strict=True
     ):
-        assert torch.equal(got, want) if need else got.numel() == 0
+        assert same(got, want) if need else got.numel() == 0
     y, codes, scale, rstd, y_amax = case.run(save=False)
-    assert torch.equal(y, case.run()[0])
+    assert same(y, case.run()[0])
     assert codes.numel() == scale.numel() == rstd.numel() == y_amax.numel() == 0
 
 
@@ -183,11 +183,11 @@ def test_a_row_that_is_not_finite_spoils_no_other(machine: torch.device) -> None
     clean = case.run(amax=True)
     case.x[0, 1, 7], case.x[1, 0, 299] = math.nan, math.inf
     spoilt = case.run(amax=True)
-    same = torch.tensor([True, False, True, False, True, True], device=machine)
+    finite = torch.tensor([True, False, True, False, True, True], device=machine)
     for got, want in zip(spoilt, clean, strict=True):
-        assert torch.equal(got.view(6, -1)[same], want.view(6, -1)[same])
-    assert spoilt[0].view(6, -1)[~same].isnan().all()
-    assert (spoilt[4].view(6, -1)[~same] == 0).all()  # no finite magnitude
+        assert torch.equal(got.view(6, -1)[finite], want.view(6, -1)[finite])
+    assert spoilt[0].view(6, -1)[~finite].isnan().all()
+    assert (spoilt[4].view(6, -1)[~finite] == 0).all()  # no finite magnitude
 
 
 @pytest.mark.parametrize("rows", [(0,), (3, 0), (1,)])

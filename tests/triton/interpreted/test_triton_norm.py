@@ -46,7 +46,7 @@ def operands(row: int, kind: str, dtype: torch.dtype = torch.float32, rows: int 
 
 
 @pytest.mark.parametrize(
-    "row, group_size, kind", [(*shape, kind) for i, shape in enumerate(SHAPES) for kind in (list(KINDS)[i % 3], "modulate")]
+    "row, group_size, kind", [(*shape, kind) for i, shape in enumerate(SHAPES) for kind in (list(KINDS)[i % 3], "modulate")[: 1 + i % 2]]
 )
 def test_norm(row: int, group_size: int, kind: str) -> None:
     center, plus_one, gains, shifts = KINDS[kind]
@@ -81,7 +81,8 @@ def test_norm(row: int, group_size: int, kind: str) -> None:
             "group_size": group_size,
             "segments": max(gains, shifts, 1),
         }
-        for needs in ((bool(gains), bool(shifts), True), (False, False, True), (False, bool(shifts), False)):
+        needs_of = ((bool(gains), bool(shifts), True), (False, False, True), (False, bool(shifts), False))
+        for needs in needs_of[: 1 if fmt == "auto" else 3]:
             need = dict(zip(("need_gain", "need_shift", "need_x"), needs, strict=True))
             got = kernel.norm_backward(dy, codes, scale, rstd, gain, **back, **need)
             wanted = reference.norm_backward(dy, codes, scale, rstd, gain, **back, **need)
@@ -107,7 +108,7 @@ def test_rows_beyond_a_program_are_refused() -> None:
 
 @pytest.mark.parametrize(
     "head_dim, heads, interleaved, rotated",
-    [(8, 3, True, True), (8, 1, False, True), (12, 1, True, True), (12, 11, False, True), (7, 2, True, False)],
+    [(8, 3, True, True), (8, 1, False, True), (12, 1, True, True), (12, 9, False, True), (7, 2, True, False)],
 )
 def test_norm_rope(head_dim: int, heads: int, interleaved: bool, rotated: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton_rows, "BLOCKS", 4)
@@ -125,15 +126,14 @@ def test_norm_rope(head_dim: int, heads: int, interleaved: bool, rotated: bool, 
         y, rstd = rope.norm_rope(x, *given, **common, eps=1e-6)
         want_y, want_rstd = rope_reference.norm_rope(x, *given, **common, eps=1e-6)
         assert close(y, want_y) and close(rstd, want_rstd)
-        for need_weight, need_x in ((True, True), (False, True), (True, False)):
+        for need_weight, need_x in ((True, True), (False, True), (True, False))[: 1 if first_tokens else 3]:
             need = {"need_weight": need_weight, "need_x": need_x}
             got = rope.norm_rope_backward(dy, y, rstd, *given, **common, **need)
             wanted = rope_reference.norm_rope_backward(dy, y, rstd, *given, **common, **need)
             assert all(close(a, b, 512) for a, b in zip(got, wanted, strict=True))
 
 
-@pytest.mark.parametrize("row, group_size", SHAPES)
-@pytest.mark.parametrize("segments", [1, 2])
+@pytest.mark.parametrize("row, group_size, segments", [(7, 128, 2), (100, 16, 1), (384, 128, 2), (700, 256, 1)])
 def test_gated_residual(row: int, group_size: int, segments: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton_rows, "BLOCKS", 3)
     monkeypatch.setattr(gated, "_TILE", 256)
