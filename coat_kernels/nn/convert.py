@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import threading
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -77,7 +79,11 @@ def _convert_modules(model: nn.Module, config: COATConfig, filter_fn: Filter | N
     converted: list[ReportRow] = []
     left: list[ReportRow] = []
     replaced: set[int] = set()  # children that their converted parents no longer need in 8 bits
-    for name, module, reason in list(_walk(model)):
+    walk = list(_walk(model))
+    # a weight that two modules hold (an embedding and the head) would be stored beside itself
+    holders = Counter(id(module._parameters.get("weight")) for _, module, _ in walk)
+    tied = {weight for weight, count in holders.items() if count > 1}
+    for name, module, reason in walk:
         rule, kind = rules.get(path_of(type(module))), type(module).__name__
         if id(module) in replaced:
             left.append(ReportRow(name, kind, _REPLACED))
@@ -94,8 +100,9 @@ def _convert_modules(model: nn.Module, config: COATConfig, filter_fn: Filter | N
             left.append(ReportRow(name, kind, "filter_fn"))
             continue
         convert, children = rule
+        given = replace(config, frozen_weight_format=None) if id(module._parameters.get("weight")) in tied else config
         try:
-            converted.append(ReportRow(name, kind, convert(module, config)))
+            converted.append(ReportRow(name, kind, convert(module, given)))
         except Unconvertible as why:
             left.append(ReportRow(name, kind, str(why)))
             continue
@@ -159,7 +166,8 @@ def convert_to_coat(model: nn.Module, config: COATConfig | None = None, filter_f
     Modules get the class of their 8-bit form and keep identity, names, parameters, state dictionary and hooks. Known are torch's
     modules, diffusers' (FLUX, SD3, SDXL) and transformers' (Llama and its kin); the rest of the model runs inside
     `compress_saved_activations`, which two hooks on the model enter and leave around its forward pass. LoRA may be put on before or
-    after. Load weights and move the model before you convert it or after, as you like; wrap it in FSDP after.
+    after; older PEFT releases call `model.forward`, past all hooks: with those convert what `get_peft_model` returns. Load weights and
+    move the model before you convert it or after, as you like; wrap it in FSDP after.
 
     Args:
         model: converted in place.

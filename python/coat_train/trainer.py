@@ -114,7 +114,8 @@ class COATTrainer:
             `{"loss": ...}`
 
         Raises:
-            TypeError: no loss is found in what the model returns: neither `.loss`, nor `["loss"]`, nor one number.
+            TypeError: no loss is found in what the model returns: neither `.loss`, nor `["loss"]`, nor one number, alone or
+                first in a tuple.
         """
         self.device = _device_of(model.parameters()) or self.device
         optimizer.zero_grad()
@@ -215,6 +216,8 @@ def _call(model: nn.Module, batch: Any) -> Any:
 
 
 def _loss_of(outputs: Any) -> Tensor:
+    if isinstance(outputs, list | tuple) and outputs and not hasattr(outputs, "loss"):
+        outputs = outputs[0]  # where transformers put it with return_dict=False
     loss = outputs.get("loss") if isinstance(outputs, Mapping) else getattr(outputs, "loss", outputs)
     if not isinstance(loss, Tensor) or loss.numel() != 1:
         got = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"a {type(outputs).__name__}"

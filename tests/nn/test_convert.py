@@ -240,6 +240,35 @@ def test_frozen_weights_are_stored_trained_ones_are_not():
     assert model[0].weight_codes.dtype == torch.uint8
 
 
+def test_tied_weights_are_not_stored_beside_themselves():
+    model = nn.Sequential(nn.Embedding(16, 8), nn.Linear(8, 8), nn.Linear(8, 16, bias=False)).requires_grad_(False)
+    model[2].weight = model[0].weight
+    convert_to_coat(model, COATConfig(frozen_weight_format="e4m3"))
+    assert model[2].weight is model[0].weight
+    assert model[1].weight_codes.dtype == torch.uint8
+
+
+def test_weights_that_others_read_directly():
+    """torch's encoder layer hands its linears' weights to a fused kernel."""
+    plain = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True).eval().requires_grad_(False)
+    model = convert_to_coat(copy.deepcopy(plain), COATConfig(frozen_weight_format="e4m3"))
+    x = torch.randn(2, 5, 16)
+    assert 25 < sqnr(plain(x), model(x)) < 60
+    assert {row.name: row.outcome for row in conversion_report(model).left}["self_attn.out_proj"].startswith("a subclass")
+
+
+def test_a_forward_pass_past_the_hooks_is_right_all_the_same():
+    case = CASES["llama"]
+    plain = case.build()
+    model = convert_to_coat(copy.deepcopy(plain))
+    y, grads = case.gradients(plain)
+    out = case.output(model.forward(**case.inputs()))
+    target = torch.randn(out.shape, generator=torch.Generator().manual_seed(9))
+    (out - target).square().mean().backward()
+    assert sqnr(y, out) > 110
+    assert sqnr(grads.values(), [p.grad for p in model.parameters()]) > 28
+
+
 def test_modules_that_something_else_has_changed_are_left():
     class Odd(nn.Linear):
         def forward(self, x):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -210,6 +211,18 @@ def test_gradients_do_not_add_up_over_steps_and_stay_until_the_next():
         found.append(model[0].weight.grad.clone())
     assert torch.equal(found[0], found[1])
     assert torch.equal(found[0], torch.full((1, 8), 2.0))
+
+
+@pytest.mark.parametrize("wrap", [lambda y: y, lambda y: (y, None), lambda y: {"loss": y}, lambda y: SimpleNamespace(loss=y)])
+def test_the_loss_is_found_where_models_put_it(wrap):
+    class Model(nn.Linear):
+        def forward(self, x: Tensor):
+            return wrap(super().forward(x).sum())
+
+    model = Model(4, 1)
+    expected = nn.functional.linear(torch.ones(2, 4), model.weight, model.bias).sum().item()
+    optimizer = COATTrainer().create_optimizer(model.parameters())
+    assert COATTrainer(log=quiet).training_step(model, [torch.ones(2, 4)], optimizer, 0) == {"loss": pytest.approx(expected)}
 
 
 @pytest.mark.parametrize(
