@@ -12,6 +12,9 @@ from collections.abc import Callable
 import torch
 
 import coat_kernels
+from coat_kernels.autograd.gated_residual import gated_residual
+from coat_kernels.autograd.norm import layer_norm_modulate, rms_norm
+from coat_kernels.autograd.norm_rope import norm_rope
 from coat_kernels.optim import AdamW8bit, CAME8bit, FP8AdamW, FP8QuantizationConfig, Lion8bit
 
 SIZES = (0, 1, 127, 128, 129, 511, 513, 3072, 4097)
@@ -43,6 +46,26 @@ def activations() -> None:
             torch.ops.coat_kernels.transpose_codes(q.codes)
 
 
+def norms() -> None:
+    for dtype, (group_size, fmt), (rows, row) in itertools.product(
+        (torch.float32, torch.bfloat16),
+        ((16, "auto"), (128, "e4m3"), (256, "none")),
+        ((1, 1), (3, 1001), (600, 384), (2, 4097), (2, 16384)),
+    ):
+        x = torch.rand(2 * rows * row + 1, device="cuda", dtype=dtype)[1:].view(2, rows, row).requires_grad_()
+        factor = torch.rand(2 * row + 1, device="cuda", dtype=dtype)[1:].view(2, row).requires_grad_()
+        kept = {"fmt": fmt, "group_size": group_size}
+        y = layer_norm_modulate(x, factor, factor, **kept) + rms_norm(x, factor.detach()[0], **kept)
+        gated_residual(x, y, factor, **kept).sum().backward()
+    for dtype, interleaved, (heads, head_dim) in itertools.product(
+        (torch.float32, torch.bfloat16), (True, False), ((1, 8), (11, 96), (24, 128))
+    ):
+        x = torch.rand(2 * 7 * heads * head_dim + 1, device="cuda", dtype=dtype)[1:].view(2, 7, heads, head_dim).requires_grad_()
+        weight = torch.rand(head_dim, device="cuda").add_(0.5).requires_grad_()
+        table = torch.rand(7, head_dim, device="cuda").add_(0.5)
+        norm_rope(x, weight, table, table, first_weight=weight, first_tokens=3, interleaved=interleaved).sum().backward()
+
+
 def steps() -> None:
     log8 = FP8QuantizationConfig(m2_format="log8")
     optimizers: tuple[Callable[..., torch.optim.Optimizer], ...] = (
@@ -69,6 +92,7 @@ def main() -> None:
     os.environ["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"
     quantizers()
     activations()
+    norms()
     steps()
     torch.cuda.synchronize()
     print("every kernel ran")

@@ -99,7 +99,7 @@ QUANTIZE_WORKS = (
 
 #: Of FLUX: 4096 image and 512 text tokens at 1024 x 1024, the stream of width 3072 and the MLP of 12288; and one far beyond L2.
 ACTIVATION_WORKS = (
-    ActivationWork("1024x4096 fp32", "cpu", (1024, 4096), F32),
+    ActivationWork("4608x3072 fp32", "cpu", (4608, 3072), F32),
     ActivationWork("4608x3072 bf16", "cpu", (4608, 3072)),
     ActivationWork("4608x3072 bf16", "cuda", (4608, 3072), clock="device_cuda"),
     ActivationWork("4608x12288 bf16", "cuda", (4608, 12288), clock="device_cuda"),

@@ -34,7 +34,9 @@ def decode(codes: Codes, dtype: torch.dtype) -> Tensor:
     return out
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, per_row: bool = False, compress: bool = True) -> Tensor:
+def linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, per_row: bool = False, products: bool = True, compress: bool = True
+) -> Tensor:
     """`torch.nn.functional.linear` that saves its input in FP8, or not at all if the weight is frozen.
 
     Args:
@@ -42,6 +44,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, per_row: bo
         weight: [N, K] of x's dtype; under autocast of any float dtype.
         bias: [N].
         per_row: one FP8 scale for each row of x instead of one for the tensor.
+        products: multiply in FP8 where the hardware does; False: in x's dtype everywhere.
         compress: False saves x as it is and multiplies in its dtype.
 
     Returns:
@@ -51,7 +54,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, per_row: bo
     x, dtype = _autocast(x)
     compress = compress and x.dtype != torch.float64 and x.numel() > 0
     trained = torch.is_grad_enabled() and weight.requires_grad
-    mode = _mode(x) if compress else "storage"
+    mode = _mode(x) if compress and products else "storage"
     fits = weight.dtype == x.dtype
     if (mode == "storage" and not trained and fits) or (dtype is None and not fits):  # the second: torch's own error
         return F.linear(x, weight, bias)  # saves the weight and nothing else
@@ -62,7 +65,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, per_row: bo
     return saved.announce(_Linear.apply(x, weight, bias, x_codes, x_scale, dtype, mode, per_row, keep_input))
 
 
-def stored_linear(x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None = None, *, per_row: bool = False) -> Tensor:
+def stored_linear(
+    x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None = None, *, per_row: bool = False, products: bool = True
+) -> Tensor:
     """`linear` with a frozen weight that is stored in e4m3.
 
     Args:
@@ -71,10 +76,11 @@ def stored_linear(x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None =
         scale: float32, one number or one for each output channel [N, 1].
         bias: [N].
         per_row: of x's scale, in an FP8 product.
+        products: as for `linear`.
     """
     given = x
     x, _ = _autocast(x)
-    mode = _mode(x) if x.dtype != torch.float64 and x.numel() else "storage"
+    mode = _mode(x) if products and x.dtype != torch.float64 and x.numel() else "storage"
     x_codes, x_scale = shared_codes(given, per_row) if mode == "fp8" else (None, None)
     return saved.announce(_StoredLinear.apply(x, codes, scale, bias, x_codes, x_scale, mode, per_row))
 

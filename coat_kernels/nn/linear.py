@@ -77,13 +77,14 @@ class FP8Linear(nn.Linear):
         self._take_weight(weight.detach())
 
     def forward(self, input: Tensor) -> Tensor:
-        if not torch.compiler.is_compiling():
+        if not torch.compiler.is_compiling() and self.coat_config.use_fp8_products:
             say_storage(input.device)
-        return fp8.linear(input, self.weight, self.bias, per_row=self._per_row)
+        return fp8.linear(input, self.weight, self.bias, **self._options)
 
     @property
-    def _per_row(self) -> bool:
-        return self.coat_config.activation_linear_granularity == "per_row"
+    def _options(self) -> dict[str, bool]:
+        config = self.coat_config
+        return {"per_row": config.activation_linear_granularity == "per_row", "products": config.use_fp8_products}
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, fp8={self.coat_config.activation_linear_granularity}"
@@ -148,9 +149,9 @@ class _StoredLinear(FP8Linear):
         """Nothing to do: it is stored."""
 
     def forward(self, input: Tensor) -> Tensor:
-        if not torch.compiler.is_compiling():
+        if not torch.compiler.is_compiling() and self.coat_config.use_fp8_products:
             say_storage(input.device)
-        return fp8.stored_linear(input, self.weight_codes, self.weight_scale, self.bias, per_row=self._per_row)
+        return fp8.stored_linear(input, self.weight_codes, self.weight_scale, self.bias, **self._options)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, weight=e4m3 {self.coat_config.frozen_weight_granularity}"

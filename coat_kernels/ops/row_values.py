@@ -20,12 +20,16 @@ def wide_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def check_dtype(name: str, dtype: torch.dtype, device: torch.device) -> None:
+    if dtype not in DTYPES:
+        raise TypeError(f"{name} must be float32, bfloat16 or float16, got {dtype}; {name}.float() converts")
+    if dtype == torch.float64 and device.type not in ("cpu", "meta"):
+        raise TypeError(f"{name} is float64 on {device}: kernels compute in float32; pass {name}.float(), or run on the CPU")
+
+
 def check_rows(name: str, x: Tensor) -> None:
     """A tensor [..., D] that ops on rows take."""
-    if x.dtype not in DTYPES:
-        raise TypeError(f"{name} must be float32, bfloat16 or float16, got {x.dtype}; {name}.float() converts")
-    if x.dtype == torch.float64 and x.device.type not in ("cpu", "meta"):
-        raise TypeError(f"{name} is float64 on {x.device}: kernels compute in float32; pass {name}.float(), or run on the CPU")
+    check_dtype(name, x.dtype, x.device)
     if x.ndim == 0 or x.shape[-1] == 0:
         raise ValueError(f"{name} needs a last dimension of at least one element, got shape {tuple(x.shape)}")
 

@@ -29,7 +29,7 @@ _COLUMNS, _LINES = 64, 32
 
 
 @triton.jit
-def tile_lines(first, G: tl.constexpr, GROUPS: tl.constexpr, ROWS: tl.constexpr):
+def tile_lines(first, GROUPS: tl.constexpr, ROWS: tl.constexpr):
     """Row (int64) and group of each line of a tile that starts at row `first`."""
     index = tl.arange(0, ROWS * GROUPS)
     return first + (index // GROUPS).to(tl.int64), index % GROUPS

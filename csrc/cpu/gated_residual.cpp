@@ -6,11 +6,10 @@
 namespace coat::COAT_ISA {
 namespace {
 
-template <DType kType>
-void forward_rows(const GatedResidualJob& job, float* memory, int64_t begin, int64_t end) {
-  const int64_t n = job.row, full = whole_vectors(n);
+template <DType kType, bool kSave>
+void forward_rows(const GatedResidualJob& job, float* gate, int64_t begin, int64_t end) {
+  const int64_t n = job.row;
   const Scaled8 format{job.fmt, job.group_size};
-  float *const gate = memory, *const x = memory + padded_row(n);
   int64_t segment = -1;
   for (int64_t r = begin; r < end; ++r) {
     if (r / job.segment_rows != segment) {
@@ -20,16 +19,19 @@ void forward_rows(const GatedResidualJob& job, float* memory, int64_t begin, int
     const void* const in = at(job.x, kType, r * n);
     const void* const residual = at(job.residual, kType, r * n);
     void* const y = at(job.y, kType, r * n);
-    const bool save = job.codes != nullptr;
-    const auto output = [&](int64_t i, F v, F base) COAT_LAMBDA_INLINE {
-      if (save) store(x + i, v);
-      return add(base, mul(v, load(gate + i)));
-    };
-    for (int64_t i = 0; i < full; i += kLanes) {
-      store_vector<kType>(y, i, output(i, load_vector<kType>(in, i), load_vector<kType>(residual, i)));
+    for (int64_t first = 0; first < n; first += kPart) {
+      alignas(64) float part[kPart];
+      const int64_t last = n - first < kPart ? n : first + kPart, full = last - (last - first) % kLanes;
+      const auto output = [&](int64_t i, F v, F base) COAT_LAMBDA_INLINE {
+        if constexpr (kSave) store(part + i - first, v);
+        return add(base, mul(v, load(gate + i)));
+      };
+      for (int64_t i = first; i < full; i += kLanes) {
+        store_vector<kType>(y, i, output(i, load_vector<kType>(in, i), load_vector<kType>(residual, i)));
+      }
+      if (full < last) store_tail<kType>(y, full, n, output(full, load_tail<kType>(in, full, n), load_tail<kType>(residual, full, n)));
+      if constexpr (kSave) store_stored(job.codes, job.scale, kType, format, r, n, first, part);
     }
-    if (full < n) store_tail<kType>(y, full, n, output(full, load_tail<kType>(in, full, n), load_tail<kType>(residual, full, n)));
-    if (save) store_stored(job.codes, job.scale, kType, format, r, n, x);
   }
 }
 
@@ -57,7 +59,10 @@ void backward_rows(const GatedResidualBackwardJob& job, float* memory, int64_t b
 }  // namespace
 
 void gated_residual(const GatedResidualJob& job, float* memory, int64_t begin, int64_t end) {
-  for_dtype(job.dtype, [&](auto type) { forward_rows<decltype(type)::value>(job, memory, begin, end); });
+  for_dtype(job.dtype, [&](auto type) {
+    constexpr DType kType = decltype(type)::value;
+    (job.codes == nullptr ? forward_rows<kType, false> : forward_rows<kType, true>)(job, memory, begin, end);
+  });
 }
 
 void gated_residual_backward(const GatedResidualBackwardJob& job, float* memory, int64_t begin, int64_t end, float* dgate) {

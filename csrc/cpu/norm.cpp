@@ -73,18 +73,23 @@ Statistics read_row(const void* in, int64_t n, float eps, float* memory) {
   return row;
 }
 
-// y = h · gain + shift with h = (x - mean) · rstd, which kSave keeps in memory.
+// y = h · gain + shift with h = (x - mean) · rstd, for the elements from `first` on, up to kPart; kSave keeps h in `part`.
 template <DType kType, bool kCenter, bool kFactors, bool kSave>
-void write_output(const Statistics& row, int64_t n, const SegmentFactors& factors, float* memory, void* y) {
-  const int64_t full = whole_vectors(n);
+COAT_SIMD_INLINE void write_part(const Statistics& row, int64_t n, int64_t first, const SegmentFactors& factors, float* part, void* y) {
+  const int64_t last = n - first < kPart ? n : first + kPart, full = last - (last - first) % kLanes;
   const F scale = set1(row.rstd);
   const auto output = [&](int64_t i, F v) COAT_LAMBDA_INLINE {
     const F h = mul(kCenter ? sub(v, row.mean) : v, scale);
-    if constexpr (kSave) store(memory + i, h);
+    if constexpr (kSave) store(part + i - first, h);
     return kFactors ? add(mul(h, load(factors.gain + i)), load(factors.shift + i)) : h;
   };
-  for (int64_t i = 0; i < full; i += kLanes) store_vector<kType>(y, i, output(i, load(row.x + i)));
-  if (full < n) store_tail<kType>(y, full, n, output(full, row.tail));
+  for (int64_t i = first; i < full; i += kLanes) store_vector<kType>(y, i, output(i, load(row.x + i)));
+  if (full < last) store_tail<kType>(y, full, last, output(full, row.tail));
+}
+
+template <DType kType, bool kCenter, bool kFactors>
+void write_output(const Statistics& row, int64_t n, const SegmentFactors& factors, void* y) {
+  for (int64_t first = 0; first < n; first += kPart) write_part<kType, kCenter, kFactors, false>(row, n, first, factors, nullptr, y);
 }
 
 // The largest finite magnitude of each group of a row of y.
@@ -109,11 +114,14 @@ void norm_rows(const NormJob& job, float* memory, int64_t begin, int64_t end) {
     const Statistics row = read_row<kType, kCenter>(at(job.x, kType, r * n), n, job.eps, memory);
     void* const y = at(job.y, kType, r * n);
     if (job.codes == nullptr) {
-      write_output<kType, kCenter, kFactors, false>(row, n, factors, memory, y);
+      write_output<kType, kCenter, kFactors>(row, n, factors, y);
     } else {
-      write_output<kType, kCenter, kFactors, true>(row, n, factors, memory, y);
       job.rstd[r] = row.rstd;
-      store_stored(job.codes, job.scale, kType, format, r, n, memory);
+      for (int64_t first = 0; first < n; first += kPart) {
+        alignas(64) float part[kPart];
+        write_part<kType, kCenter, kFactors, true>(row, n, first, factors, part, y);
+        store_stored(job.codes, job.scale, kType, format, r, n, first, part);
+      }
     }
     if (job.y_amax != nullptr) write_amax(y, kType, n, job.group_size, job.y_amax + r * groups);
   }
@@ -195,7 +203,7 @@ void norm_from_codes(const NormFromCodesJob& job, float* memory, int64_t begin, 
       load_stored(job.codes, job.scale, job.codes_dtype, format, r, n, memory);
       const Statistics row{memory, load(memory + whole_vectors(n)), set1(0.0f), 1.0f};
       void* const y = at(job.y, kType, r * n);
-      (factors.any() ? write_output<kType, false, true, false> : write_output<kType, false, false, false>)(row, n, factors, memory, y);
+      (factors.any() ? write_output<kType, false, true> : write_output<kType, false, false>)(row, n, factors, y);
     }
   });
 }

@@ -104,14 +104,19 @@ static inline void load_stored(const void* codes, const float* scale, DType code
   for (int64_t i = row; i < padded_row(row); ++i) out[i] = 0.0f;
 }
 
-static inline void store_stored(void* codes, float* scale, DType codes_dtype, const Scaled8& format, int64_t r, int64_t row,
+// Elements that are encoded while they are in L1: whole groups, whatever their size.
+constexpr int64_t kPart = 1024;
+
+// The elements of row r from `first` on, up to kPart, which x begins with.
+static inline void store_stored(void* codes, float* scale, DType codes_dtype, const Scaled8& format, int64_t r, int64_t row, int64_t first,
                                 const float* x) {
+  const int64_t count = row - first < kPart ? row - first : kPart;
   if (format.fmt == 0) {
-    store_floats(x, static_cast<int>(row), codes_dtype, at(codes, codes_dtype, r * row));
+    store_floats(x, static_cast<int>(count), codes_dtype, at(codes, codes_dtype, r * row + first));
     return;
   }
   const int64_t groups = (row + format.group_size - 1) / format.group_size;
-  encode_row(format, x, row, static_cast<uint8_t*>(codes) + r * row, scale + r * groups);
+  encode_row(format, x, count, static_cast<uint8_t*>(codes) + r * row + first, scale + r * groups + first / format.group_size);
 }
 
 }  // namespace coat::COAT_ISA

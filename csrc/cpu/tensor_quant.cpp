@@ -12,6 +12,7 @@ constexpr int padded(int elements) { return (elements + kPad - 1) / kPad * kPad;
 // Up to kBlock elements of x as floats, zeros behind them up to a multiple of kPad; x itself where that is what it is.
 COAT_SIMD_INLINE const float* staged_floats(const void* x, DType dtype, int64_t first, int elements, float* staged) {
   const void* const from = at(x, dtype, first);
+  prefetch_next(from, elements * dtype_size(dtype));
   if (dtype == DType::kFloat32 && elements % kPad == 0) return static_cast<const float*>(from);
   load_floats(from, dtype, elements, padded(elements), staged);
   return staged;
@@ -66,6 +67,7 @@ void dequantize_tensor(const DequantizeTensorJob& job, int64_t begin, int64_t en
     void* const to = at(job.out, job.out_dtype, first);
     const int n = padded(elements);
     const uint8_t* codes = job.codes + first;
+    prefetch_next(codes, elements);
     if (n != elements) {
       memcpy(tail, codes, static_cast<size_t>(elements));
       memset(tail + elements, 0, static_cast<size_t>(n - elements));

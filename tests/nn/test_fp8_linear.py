@@ -269,3 +269,17 @@ def test_only_plain_linears_are_swapped():
         FP8Linear.from_linear(Odd(2, 2))
     with pytest.raises(TypeError, match="FP8Linear"):
         FP8Linear.from_linear(FP8Linear(2, 2))
+
+
+def test_products_can_stay_in_the_models_dtype(monkeypatch):
+    monkeypatch.setattr(fp8_gemm, "gemm_mode", lambda device: "fp8")
+    x = torch.randn(64, 48)
+    for stored in (None, "e4m3"):
+        plain = nn.Linear(48, 32).requires_grad_(stored is None)
+        exact = nn.Linear(48, 32)
+        exact.load_state_dict(plain.state_dict())
+        layer = FP8Linear.from_linear(plain, COATConfig(use_fp8_products=False, frozen_weight_format=stored))
+        weight = layer.weight.detach() if stored else exact.weight
+        assert torch.equal(layer(x), F.linear(x, weight, exact.bias))
+        layer.coat_config = COATConfig(frozen_weight_format=stored)
+        assert not torch.equal(layer(x), F.linear(x, weight, exact.bias))

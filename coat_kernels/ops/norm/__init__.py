@@ -20,6 +20,7 @@ from ..row_values import (
     backend_of,
     check_device,
     check_divides,
+    check_dtype,
     check_rows,
     check_segments,
     check_stored,
@@ -65,7 +66,7 @@ def check_norm_from_codes(
     """The checks that the op and its fake share."""
     check_stored(codes, scale, fmt, group_size)
     _check_factors(codes, gain, shift)
-    check_rows("y", torch.empty((1,), dtype=dtype, device="meta"))
+    check_dtype("y", dtype, codes.device)
 
 
 def check_norm_backward(

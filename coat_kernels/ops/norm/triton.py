@@ -72,7 +72,7 @@ def norm_kernel(
     ISA: tl.constexpr,
 ):
     """y = xhat · gain + shift; codes, scale = encode(xhat)."""
-    line, group = tile_lines(tl.program_id(0).to(tl.int64) * ROWS, G, GROUPS, ROWS)
+    line, group = tile_lines(tl.program_id(0).to(tl.int64) * ROWS, GROUPS, ROWS)
     columns = tile_columns(group, G)
     mask = tile_mask(line, group, rows, row, G, WHOLE)
     exists = lines_exist(line, group, rows, row, G)
@@ -113,7 +113,7 @@ def norm_from_codes_kernel(
     ISA: tl.constexpr,
 ):
     """y = decode(codes, scale) · gain + shift."""
-    line, group = tile_lines(tl.program_id(0).to(tl.int64) * ROWS, G, GROUPS, ROWS)
+    line, group = tile_lines(tl.program_id(0).to(tl.int64) * ROWS, GROUPS, ROWS)
     columns = tile_columns(group, G)
     mask = tile_mask(line, group, rows, row, G, WHOLE)
     exists = lines_exist(line, group, rows, row, G)
@@ -147,7 +147,7 @@ def _backward_tile(
     ISA: tl.constexpr,
 ):
     """dx of the tile at row `first`; returns its dy and xhat."""
-    line, group = tile_lines(first, G, GROUPS, ROWS)
+    line, group = tile_lines(first, GROUPS, ROWS)
     columns = tile_columns(group, G)
     mask = tile_mask(line, group, end, row, G, WHOLE)
     exists = lines_exist(line, group, end, row, G)
@@ -214,7 +214,7 @@ def norm_backward_kernel(
                 dgain += dy * xhat
             if dshift_ptr is not None:
                 dshift += dy
-        _, group = tile_lines(begin, G, GROUPS, ROWS)
+        _, group = tile_lines(begin, GROUPS, ROWS)
         place = tl.program_id(0).to(tl.int64) * row
         if dgain_ptr is not None:
             store_block_sums(dgain_ptr + place, dgain, group, row, G, GROUPS, ROWS)
