@@ -63,7 +63,7 @@ def _rms_norm(fmt: str) -> Form:
 def _modulate(fmt: str) -> Form:
     from coat_kernels.autograd.norm import layer_norm_modulate
 
-    return lambda x, scale, shift: layer_norm_modulate(x[None], scale, shift, EPS, fmt=fmt)[0]
+    return lambda x, scale, shift: layer_norm_modulate(x.unsqueeze(0), scale, shift, EPS, fmt=fmt).squeeze(0)
 
 
 def _gated(fmt: str) -> Form:
