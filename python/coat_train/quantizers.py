@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -180,15 +181,16 @@ class FP8PrecisionFlow(nn.Module):
     """Runs modules so that what they save for the backward pass is FP8, whatever their class; outputs keep the model's dtype.
 
     Linear layers save per tensor, norms and activation functions per group (COAT, arXiv 2410.19313, section 4). The modules themselves
-    are not changed; `convert_to_coat` changes a whole model, and costs less.
+    are not changed, so their weights stay as they are; `convert_to_coat` changes a whole model, and costs less.
 
     Args:
-        config: `COATConfig`.
+        config: `COATConfig`, of which the activations' part is read.
     """
 
     def __init__(self, config: COATConfig | None = None) -> None:
         super().__init__()
-        self.config = config or COATConfig()
+        # a weight that the copy stored in FP8 would be gone from the module itself: both share one dictionary of parameters
+        self.config = replace(config or COATConfig(), frozen_weight_format=None)
 
     def forward(self, module: nn.Module, x: Tensor, layer_type: str | None = None) -> Tensor:
         """`module(x)`.
@@ -212,9 +214,10 @@ class FP8PrecisionFlow(nn.Module):
     forward_with_fp8_flow = forward
 
 
-def _activation_twin(cls: type[FP8GELU] | type[FP8SiLU]) -> Callable[[Any, COATConfig], nn.Module]:
+def _of_class(cls: type[FP8GELU] | type[FP8SiLU]) -> Callable[[Any, COATConfig], nn.Module]:
     def twin(module: Any, config: COATConfig) -> nn.Module:
-        return cls(module.approximate, config=config) if cls is FP8GELU else cls(config=config)
+        module.__class__, module.coat_config = cls, config
+        return module
 
     return twin
 
@@ -223,8 +226,8 @@ _TWINS: dict[type, Callable[[Any, COATConfig], nn.Module]] = {
     nn.Linear: FP8Linear.from_linear,
     nn.LayerNorm: FP8LayerNorm.from_norm,
     nn.RMSNorm: FP8RMSNorm.from_norm,
-    nn.GELU: _activation_twin(FP8GELU),
-    nn.SiLU: _activation_twin(FP8SiLU),
+    nn.GELU: _of_class(FP8GELU),
+    nn.SiLU: _of_class(FP8SiLU),
 }
 
 

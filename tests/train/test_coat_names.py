@@ -264,6 +264,22 @@ def test_precision_flow_saves_one_byte_an_element(module):
     assert type(module).__module__.startswith("torch")  # it is as it was
 
 
+@pytest.mark.parametrize("module", MODULES, ids=lambda module: type(module).__name__)
+def test_precision_flow_runs_hooks_and_leaves_the_module_alone(module):
+    module.requires_grad_(False)
+    before = dict(module.__dict__), {name: parameter.clone() for name, parameter in module.named_parameters()}
+    seen: list[type] = []
+    handle = module.register_forward_hook(lambda module, args, out: seen.append(type(out)))
+    FP8PrecisionFlow(COATConfig(frozen_weight_format="e4m3"))(module, normal(64, 128))
+    handle.remove()
+    assert seen == [torch.Tensor]
+    assert dict(module.__dict__) == before[0]
+    for name, parameter in module.named_parameters():
+        assert torch.equal(parameter, before[1][name])
+    assert len(list(module.parameters())) == len(before[1])
+    module.requires_grad_()
+
+
 def test_precision_flow_runs_any_module_and_checks_its_type():
     flow = FP8PrecisionFlow()
     block = nn.Sequential(nn.Linear(128, 512), nn.Tanh(), nn.Linear(512, 64))

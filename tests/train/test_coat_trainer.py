@@ -10,8 +10,8 @@ import torch
 from coat_train import COATTrainer
 from coat_train import trainer as trainer_module
 from coat_train.memory import GB, PHASES, LiveStorages, MemoryLog
-from diffusers import FluxTransformer2DModel
-from peft import LoraConfig
+from diffusers import FluxTransformer2DModel, UNet2DConditionModel
+from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -123,6 +123,46 @@ def test_prepared_models_have_the_gradients_of_plain_ones(kind, recompute):
     assert sqnr(exact, gradients(model, found_loss)) >= 25
     limit = 0.25 if recompute else 0.55
     assert saved_bytes(model, batch, loss_fn) <= limit * plain_bytes, saved_bytes(model, batch, loss_fn) / plain_bytes
+
+
+def make_unet() -> UNet2DConditionModel:
+    """SDXL's kind: convolutions, cross attention, GEGLU."""
+    torch.manual_seed(0)
+    blocks = {"down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"), "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D")}
+    sizes = {
+        "block_out_channels": (32, 64),
+        "layers_per_block": 1,
+        "cross_attention_dim": 32,
+        "attention_head_dim": 8,
+        "norm_num_groups": 8,
+    }
+    model = UNet2DConditionModel(sample_size=16, **blocks, **sizes).requires_grad_(False)
+    model.add_adapter(LoraConfig(r=4, init_lora_weights=False, target_modules=["to_q", "to_k", "to_v", "to_out.0"]))
+    return model
+
+
+def make_wrapped_llama() -> nn.Module:
+    return get_peft_model(make_llama(), LoraConfig(r=4, init_lora_weights=False, target_modules=["q_proj", "v_proj", "down_proj"]))
+
+
+@pytest.mark.parametrize("autocast", [False, True], ids=["float32", "autocast"])
+@pytest.mark.parametrize("kind", ["unet", "wrapped llama"])
+def test_recomputed_blocks_of_other_models(kind, autocast):
+    generator = torch.Generator().manual_seed(1)
+    images = {"sample": torch.randn(2, 4, 16, 16, generator=generator), "timestep": torch.tensor([3, 9])}
+    images["encoder_hidden_states"] = torch.randn(2, 8, 32, generator=generator)
+
+    def unet_loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        return model(**batch).sample.square().mean()
+
+    make, batch, loss_fn = {"unet": (make_unet, images, unet_loss), "wrapped llama": (make_wrapped_llama, llama_batch(), llama_loss)}[kind]
+    found = []
+    for prepare in (lambda model: model, COATTrainer(log=quiet).prepare_model):
+        model = prepare(make().train())
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            loss = loss_fn(model, batch)
+        found.append(gradients(model, loss))
+    assert sqnr(*found) >= 25
 
 
 @pytest.mark.parametrize("kind", MODELS)
