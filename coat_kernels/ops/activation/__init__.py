@@ -19,6 +19,7 @@ NaN is NaN, of -inf too (0 · inf, as in torch); the gradient of a NaN or infini
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from importlib import import_module
 from typing import Any
 
@@ -27,10 +28,10 @@ from torch import Tensor
 
 from ...backends import require_backend
 from ...formats.parameters import PARAM_DTYPES
-from ...formats.scaled8 import check_format, check_group, num_row_groups
+from ...formats.scaled8 import num_row_groups
 from .._library import LIBRARY
-from . import cpu, reference
-from .kinds import KINDS
+from . import cpu, fake, reference
+from .settings import ActivationSettings, Saved
 
 _SAVED = "str kind, str fmt, int group_size"
 _GATED_CODES = "Tensor gate_codes, Tensor gate_scale, Tensor up_codes, Tensor up_scale"
@@ -40,13 +41,6 @@ LIBRARY.define(f"activation_backward(Tensor dy, Tensor codes, Tensor scale, {_SA
 LIBRARY.define(f"gated_activation(Tensor gate, Tensor up, {_SAVED}, bool amax) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)")
 LIBRARY.define(f"gated_activation_from_codes({_GATED_CODES}, {_SAVED}, ScalarType dtype) -> Tensor")
 LIBRARY.define(f"gated_activation_backward(Tensor dy, {_GATED_CODES}, {_SAVED}, bool gate_first) -> Tensor")
-
-
-def check_options(kind: str, fmt: str, group_size: int) -> None:
-    if kind not in KINDS:
-        raise ValueError(f"unknown activation {kind!r}; choose one of {', '.join(KINDS)}")
-    check_format(fmt, allow_none=True)
-    check_group(group_size)
 
 
 def _may_be_float64(x: Tensor) -> bool:
@@ -62,8 +56,10 @@ def check_values(name: str, x: Tensor) -> None:
         raise ValueError(f"{name} has no last dimension to make groups of; pass {name}[None]")
 
 
-def check_codes(name: str, codes: Tensor, scale: Tensor, fmt: str, group_size: int) -> None:
+def check_saved(name: str, saved: Saved, settings: ActivationSettings) -> None:
     """A saved tensor: codes with one scale a group, or with `fmt` "none" the values."""
+    codes, scale = saved
+    fmt, group_size = settings.fmt, settings.group_size
     if fmt == "none":
         return check_values(name, codes)
     if codes.dtype != torch.uint8:
@@ -89,66 +85,83 @@ def check_alike(name: str, x: Tensor, other_name: str, other: Tensor, *, dtype: 
         )
 
 
+#: The module that runs an op for tensors like the first; `exact`: float64 is among them.
+Choose = Callable[[Tensor, bool], Any]
+
+
 def _backend(x: Tensor, exact: bool) -> Any:
-    """The launcher for tensors on x's device; float64 (`exact`) is the reference's alone."""
+    """The launcher for tensors on x's device; float64 is the reference's alone."""
     chosen = require_backend("activation", x.device)
     if chosen == "Triton":
         return import_module(".triton", __package__)
     return reference if exact or chosen == "reference" else cpu
 
 
+def _fake(x: Tensor, exact: bool) -> Any:
+    return fake
+
+
 def _is_exact(*tensors: Tensor) -> bool:
     return any(t.dtype == torch.float64 for t in tensors)
 
 
-def _activation(x: Tensor, kind: str, fmt: str, group_size: int, amax: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    check_options(kind, fmt, group_size)
+def _activation(choose: Choose, x: Tensor, kind: str, fmt: str, group_size: int, amax: bool) -> tuple[Tensor, ...]:
+    settings = ActivationSettings(kind, fmt, group_size)
     check_values("x", x)
-    return _backend(x, _is_exact(x)).activation(x.contiguous(), kind=kind, fmt=fmt, group_size=group_size, amax=amax)
+    return choose(x, _is_exact(x)).activation(x.contiguous(), settings, amax)
 
 
-def _activation_from_codes(codes: Tensor, scale: Tensor, kind: str, fmt: str, group_size: int, dtype: torch.dtype) -> Tensor:
-    check_options(kind, fmt, group_size)
-    check_codes("codes", codes, scale, fmt, group_size)
-    launcher = _backend(codes, dtype == torch.float64 or _is_exact(codes, scale))
-    return launcher.activation_from_codes(codes.contiguous(), scale.contiguous(), kind=kind, fmt=fmt, group_size=group_size, dtype=dtype)
+def _activation_from_codes(
+    choose: Choose, codes: Tensor, scale: Tensor, kind: str, fmt: str, group_size: int, dtype: torch.dtype
+) -> Tensor:
+    settings = ActivationSettings(kind, fmt, group_size)
+    check_saved("codes", (codes, scale), settings)
+    launcher = choose(codes, dtype == torch.float64 or _is_exact(codes, scale))
+    return launcher.activation_from_codes((codes.contiguous(), scale.contiguous()), settings, dtype)
 
 
-def _activation_backward(dy: Tensor, codes: Tensor, scale: Tensor, kind: str, fmt: str, group_size: int) -> Tensor:
-    check_options(kind, fmt, group_size)
+def _activation_backward(choose: Choose, dy: Tensor, codes: Tensor, scale: Tensor, kind: str, fmt: str, group_size: int) -> Tensor:
+    settings = ActivationSettings(kind, fmt, group_size)
     check_values("dy", dy)
-    check_codes("codes", codes, scale, fmt, group_size)
+    check_saved("codes", (codes, scale), settings)
     check_alike("dy", dy, "codes", codes, dtype=False)
-    launcher = _backend(dy, _is_exact(dy, codes, scale))
-    return launcher.activation_backward(dy.contiguous(), codes.contiguous(), scale.contiguous(), kind=kind, fmt=fmt, group_size=group_size)
+    launcher = choose(dy, _is_exact(dy, codes, scale))
+    return launcher.activation_backward(dy.contiguous(), (codes.contiguous(), scale.contiguous()), settings)
 
 
-def _gated_activation(
-    gate: Tensor, up: Tensor, kind: str, fmt: str, group_size: int, amax: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    check_options(kind, fmt, group_size)
+def _gated_activation(choose: Choose, gate: Tensor, up: Tensor, kind: str, fmt: str, group_size: int, amax: bool) -> tuple[Tensor, ...]:
+    settings = ActivationSettings(kind, fmt, group_size)
     check_values("gate", gate)
     check_alike("gate", gate, "up", up)
-    return _backend(gate, _is_exact(gate)).gated_activation(gate, up, kind=kind, fmt=fmt, group_size=group_size, amax=amax)
+    return choose(gate, _is_exact(gate)).gated_activation(gate, up, settings, amax)
 
 
-def _check_gated_codes(gate_codes: Tensor, gate_scale: Tensor, up_codes: Tensor, up_scale: Tensor, fmt: str, group_size: int) -> None:
-    check_codes("gate_codes", gate_codes, gate_scale, fmt, group_size)
-    check_codes("up_codes", up_codes, up_scale, fmt, group_size)
-    check_alike("gate_codes", gate_codes, "up_codes", up_codes)
+def _check_gated(gate: Saved, up: Saved, settings: ActivationSettings) -> None:
+    check_saved("gate_codes", gate, settings)
+    check_saved("up_codes", up, settings)
+    check_alike("gate_codes", gate[0], "up_codes", up[0])
 
 
 def _gated_activation_from_codes(
-    gate_codes: Tensor, gate_scale: Tensor, up_codes: Tensor, up_scale: Tensor, kind: str, fmt: str, group_size: int, dtype: torch.dtype
+    choose: Choose,
+    gate_codes: Tensor,
+    gate_scale: Tensor,
+    up_codes: Tensor,
+    up_scale: Tensor,
+    kind: str,
+    fmt: str,
+    group_size: int,
+    dtype: torch.dtype,
 ) -> Tensor:
-    check_options(kind, fmt, group_size)
-    _check_gated_codes(gate_codes, gate_scale, up_codes, up_scale, fmt, group_size)
-    launcher = _backend(gate_codes, dtype == torch.float64 or _is_exact(gate_codes, gate_scale))
-    saved = (gate_codes, gate_scale.contiguous(), up_codes, up_scale.contiguous())
-    return launcher.gated_activation_from_codes(*saved, kind=kind, fmt=fmt, group_size=group_size, dtype=dtype)
+    settings = ActivationSettings(kind, fmt, group_size)
+    gate, up = (gate_codes, gate_scale.contiguous()), (up_codes, up_scale.contiguous())
+    _check_gated(gate, up, settings)
+    launcher = choose(gate_codes, dtype == torch.float64 or _is_exact(*gate))
+    return launcher.gated_activation_from_codes(gate, up, settings, dtype)
 
 
 def _gated_activation_backward(
+    choose: Choose,
     dy: Tensor,
     gate_codes: Tensor,
     gate_scale: Tensor,
@@ -159,95 +172,23 @@ def _gated_activation_backward(
     group_size: int,
     gate_first: bool,
 ) -> Tensor:
-    check_options(kind, fmt, group_size)
+    settings = ActivationSettings(kind, fmt, group_size)
+    gate, up = (gate_codes, gate_scale.contiguous()), (up_codes, up_scale.contiguous())
     check_values("dy", dy)
-    _check_gated_codes(gate_codes, gate_scale, up_codes, up_scale, fmt, group_size)
+    _check_gated(gate, up, settings)
     check_alike("dy", dy, "gate_codes", gate_codes, dtype=False)
-    launcher = _backend(dy, _is_exact(dy, gate_codes, gate_scale))
-    saved = (gate_codes, gate_scale.contiguous(), up_codes, up_scale.contiguous())
-    return launcher.gated_activation_backward(dy.contiguous(), *saved, kind=kind, fmt=fmt, group_size=group_size, gate_first=gate_first)
+    return choose(dy, _is_exact(dy, *gate)).gated_activation_backward(dy.contiguous(), gate, up, settings, gate_first)
 
 
-def _saved_fake(x: Tensor, fmt: str, group_size: int) -> tuple[Tensor, Tensor]:
-    if fmt == "none":
-        return x.new_empty(0, dtype=torch.uint8), x.new_empty(0, dtype=torch.float32)
-    codes = torch.empty(x.shape, dtype=torch.uint8, device=x.device)
-    return codes, _groups_fake(x, group_size, reference.compute_dtype(x.dtype))
-
-
-def _groups_fake(x: Tensor, group_size: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    return x.new_empty((*x.shape[:-1], num_row_groups(x.shape[-1], group_size)), dtype=dtype)
-
-
-def _amax_fake(x: Tensor, group_size: int, amax: bool) -> Tensor:
-    return _groups_fake(x, group_size) if amax else x.new_empty(0, dtype=torch.float32)
-
-
-def _activation_fake(x: Tensor, kind: str, fmt: str, group_size: int, amax: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    check_options(kind, fmt, group_size)
-    check_values("x", x)
-    return x.new_empty(x.shape), *_saved_fake(x, fmt, group_size), _amax_fake(x, group_size, amax)
-
-
-def _activation_from_codes_fake(codes: Tensor, scale: Tensor, kind: str, fmt: str, group_size: int, dtype: torch.dtype) -> Tensor:
-    check_options(kind, fmt, group_size)
-    check_codes("codes", codes, scale, fmt, group_size)
-    return codes.new_empty(codes.shape, dtype=dtype)
-
-
-def _activation_backward_fake(dy: Tensor, codes: Tensor, scale: Tensor, kind: str, fmt: str, group_size: int) -> Tensor:
-    check_options(kind, fmt, group_size)
-    check_values("dy", dy)
-    check_codes("codes", codes, scale, fmt, group_size)
-    check_alike("dy", dy, "codes", codes, dtype=False)
-    return dy.new_empty(dy.shape)
-
-
-def _gated_activation_fake(
-    gate: Tensor, up: Tensor, kind: str, fmt: str, group_size: int, amax: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    check_options(kind, fmt, group_size)
-    check_values("gate", gate)
-    check_alike("gate", gate, "up", up)
-    saved = (*_saved_fake(gate, fmt, group_size), *_saved_fake(up, fmt, group_size))
-    return gate.new_empty(gate.shape), *saved, _amax_fake(gate, group_size, amax)
-
-
-def _gated_activation_from_codes_fake(
-    gate_codes: Tensor, gate_scale: Tensor, up_codes: Tensor, up_scale: Tensor, kind: str, fmt: str, group_size: int, dtype: torch.dtype
-) -> Tensor:
-    check_options(kind, fmt, group_size)
-    _check_gated_codes(gate_codes, gate_scale, up_codes, up_scale, fmt, group_size)
-    return gate_codes.new_empty(gate_codes.shape, dtype=dtype)
-
-
-def _gated_activation_backward_fake(
-    dy: Tensor,
-    gate_codes: Tensor,
-    gate_scale: Tensor,
-    up_codes: Tensor,
-    up_scale: Tensor,
-    kind: str,
-    fmt: str,
-    group_size: int,
-    gate_first: bool,
-) -> Tensor:
-    check_options(kind, fmt, group_size)
-    check_values("dy", dy)
-    _check_gated_codes(gate_codes, gate_scale, up_codes, up_scale, fmt, group_size)
-    check_alike("dy", dy, "gate_codes", gate_codes, dtype=False)
-    return dy.new_empty((*dy.shape[:-1], 2 * dy.shape[-1]))
-
-
-_OPS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
-    "activation": (_activation, _activation_fake),
-    "activation_from_codes": (_activation_from_codes, _activation_from_codes_fake),
-    "activation_backward": (_activation_backward, _activation_backward_fake),
-    "gated_activation": (_gated_activation, _gated_activation_fake),
-    "gated_activation_from_codes": (_gated_activation_from_codes, _gated_activation_from_codes_fake),
-    "gated_activation_backward": (_gated_activation_backward, _gated_activation_backward_fake),
-}
-for _name, (_impl, _fake) in _OPS.items():
+for _run in (
+    _activation,
+    _activation_from_codes,
+    _activation_backward,
+    _gated_activation,
+    _gated_activation_from_codes,
+    _gated_activation_backward,
+):
+    _name = _run.__name__.removeprefix("_")
     for _key in ("CPU", "CUDA"):
-        LIBRARY.impl(_name, _impl, _key)
-    torch.library.register_fake(f"coat_kernels::{_name}", _fake, lib=LIBRARY)
+        LIBRARY.impl(_name, partial(_run, _backend), _key)
+    torch.library.register_fake(f"coat_kernels::{_name}", partial(_run, _fake), lib=LIBRARY)

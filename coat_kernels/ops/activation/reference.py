@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ...formats.scaled8 import decode, encode, group_amax
+from .settings import ActivationSettings, Saved
 
 #: z' = TANH_SLOPE + TANH_CURVE x^2.
 TANH_SLOPE = 2 * math.sqrt(2 / math.pi)
@@ -53,66 +54,51 @@ def _logit(x: Tensor, kind: str) -> Tensor:
     return x if kind == "silu" else x * (TANH_SLOPE + TANH_CURVE / 3 * x.square())
 
 
-def _load(codes: Tensor, scale: Tensor, fmt: str, group_size: int) -> Tensor:
+def _load(saved: Saved, settings: ActivationSettings) -> Tensor:
     """What was saved, as float32 or float64."""
-    if fmt == "none":
+    codes, scale = saved
+    if settings.fmt == "none":
         return codes.contiguous().to(compute_dtype(codes.dtype))
-    return decode(codes, scale, fmt, group_size, scale.dtype)
+    return decode(codes, scale, settings.fmt, settings.group_size, scale.dtype)
 
 
-def _save(x: Tensor, fmt: str, group_size: int) -> tuple[Tensor, Tensor]:
-    if fmt == "none":
+def _save(x: Tensor, settings: ActivationSettings) -> Saved:
+    if settings.fmt == "none":
         return x.new_empty(0, dtype=torch.uint8), x.new_empty(0, dtype=torch.float32)
-    return encode(x, fmt, group_size)
+    return encode(x, settings.fmt, settings.group_size)
 
 
-def _stage_one(y: Tensor, group_size: int, amax: bool) -> Tensor:
+def _stage_one(y: Tensor, settings: ActivationSettings, amax: bool) -> Tensor:
     """float32 [..., ceil(D / G)], the largest finite magnitude of each group; empty unless asked for."""
-    return group_amax(y, group_size).float() if amax else y.new_empty(0, dtype=torch.float32)
+    return group_amax(y, settings.group_size).float() if amax else y.new_empty(0, dtype=torch.float32)
 
 
-def activation(x: Tensor, *, kind: str, fmt: str, group_size: int, amax: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    y = value(x.to(compute_dtype(x.dtype)), kind).to(x.dtype)
-    return y, *_save(x, fmt, group_size), _stage_one(y, group_size, amax)
+def activation(x: Tensor, settings: ActivationSettings, amax: bool) -> tuple[Tensor, ...]:
+    y = value(x.to(compute_dtype(x.dtype)), settings.kind).to(x.dtype)
+    return y, *_save(x, settings), _stage_one(y, settings, amax)
 
 
-def activation_from_codes(codes: Tensor, scale: Tensor, *, kind: str, fmt: str, group_size: int, dtype: torch.dtype) -> Tensor:
-    return value(_load(codes, scale, fmt, group_size), kind).to(dtype)
+def activation_from_codes(saved: Saved, settings: ActivationSettings, dtype: torch.dtype) -> Tensor:
+    return value(_load(saved, settings), settings.kind).to(dtype)
 
 
-def activation_backward(dy: Tensor, codes: Tensor, scale: Tensor, *, kind: str, fmt: str, group_size: int) -> Tensor:
-    _, slope = value_and_slope(_load(codes, scale, fmt, group_size), kind)
+def activation_backward(dy: Tensor, saved: Saved, settings: ActivationSettings) -> Tensor:
+    _, slope = value_and_slope(_load(saved, settings), settings.kind)
     return (dy.to(slope.dtype) * slope).to(dy.dtype)
 
 
-def gated_activation(
-    gate: Tensor, up: Tensor, *, kind: str, fmt: str, group_size: int, amax: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+def gated_activation(gate: Tensor, up: Tensor, settings: ActivationSettings, amax: bool) -> tuple[Tensor, ...]:
     gate, up, wide = gate.contiguous(), up.contiguous(), compute_dtype(gate.dtype)
-    y = (value(gate.to(wide), kind) * up.to(wide)).to(gate.dtype)
-    return y, *_save(gate, fmt, group_size), *_save(up, fmt, group_size), _stage_one(y, group_size, amax)
+    y = (value(gate.to(wide), settings.kind) * up.to(wide)).to(gate.dtype)
+    return y, *_save(gate, settings), *_save(up, settings), _stage_one(y, settings, amax)
 
 
-def gated_activation_from_codes(
-    gate_codes: Tensor, gate_scale: Tensor, up_codes: Tensor, up_scale: Tensor, *, kind: str, fmt: str, group_size: int, dtype: torch.dtype
-) -> Tensor:
-    gate, up = _load(gate_codes, gate_scale, fmt, group_size), _load(up_codes, up_scale, fmt, group_size)
-    return (value(gate, kind) * up).to(dtype)
+def gated_activation_from_codes(gate: Saved, up: Saved, settings: ActivationSettings, dtype: torch.dtype) -> Tensor:
+    return (value(_load(gate, settings), settings.kind) * _load(up, settings)).to(dtype)
 
 
-def gated_activation_backward(
-    dy: Tensor,
-    gate_codes: Tensor,
-    gate_scale: Tensor,
-    up_codes: Tensor,
-    up_scale: Tensor,
-    *,
-    kind: str,
-    fmt: str,
-    group_size: int,
-    gate_first: bool,
-) -> Tensor:
-    y, slope = value_and_slope(_load(gate_codes, gate_scale, fmt, group_size), kind)
+def gated_activation_backward(dy: Tensor, gate: Saved, up: Saved, settings: ActivationSettings, gate_first: bool) -> Tensor:
+    y, slope = value_and_slope(_load(gate, settings), settings.kind)
     wide = dy.to(slope.dtype)
-    halves = (wide * _load(up_codes, up_scale, fmt, group_size) * slope).to(dy.dtype), (wide * y).to(dy.dtype)
+    halves = (wide * _load(up, settings) * slope).to(dy.dtype), (wide * y).to(dy.dtype)
     return torch.cat(halves if gate_first else halves[::-1], dim=-1)

@@ -19,10 +19,11 @@ from ...formats.scaled8 import FORMAT_INDEX, num_row_groups
 from ...formats.triton_launch import device_guard, instruction_set, tl_dtype
 from ...formats.triton_params import to_dtype, to_float32
 from ...formats.triton_ptx import exp2, reciprocal
-from ...formats.triton_scaled8 import decode_scaled, encode_scaled, group_maximum, nan_unless_finite
-from ..activation_quant.triton import element_mask, tile_at
+from ...formats.triton_scaled8 import group_maximum, nan_unless_finite
+from ..activation_quant.triton import element_mask, load_tile, store_tile, tile_at, tile_offsets
 from .kinds import KIND_INDEX, as_rows
 from .reference import MAX_SQUARE, TANH_CURVE, TANH_SLOPE
+from .settings import ActivationSettings, Saved
 
 SILU, GELU = tl.constexpr(KIND_INDEX["silu"]), tl.constexpr(KIND_INDEX["gelu"])
 _LOG2_E = math.log2(math.e)
@@ -90,13 +91,11 @@ def activation_slope(x, KIND: tl.constexpr, ISA: tl.constexpr):
 @triton.jit
 def _read(
     values_ptr,
-    stride,
     codes_ptr,
     scale_ptr,
-    line,
-    group,
-    row,
-    groups,
+    start,  # of the tile in values
+    first,  # in codes
+    group,  # in scale
     left,
     FMT: tl.constexpr,
     G: tl.constexpr,
@@ -105,39 +104,11 @@ def _read(
     ISA: tl.constexpr,
 ):
     """A tile of an operand as float32 [R, G]: its values, or without `values_ptr` those of its codes. Zeros where there are none."""
-    rows = tl.arange(0, R)
-    offsets = rows[:, None] * G + tl.arange(0, G)[None, :]
-    mask = element_mask(left, G, R, WHOLE)
+    offsets, mask = tile_offsets(G, R), element_mask(left, G, R, WHOLE)
     if values_ptr is not None:
-        return to_float32(tl.load(values_ptr + line * stride + group * G + offsets, mask=mask, other=0.0))
+        return to_float32(tl.load(values_ptr + start + offsets, mask=mask, other=0.0))
     else:
-        codes = tl.load(codes_ptr + line * row + group * G + offsets, mask=mask, other=0)
-        scale = tl.load(scale_ptr + line * groups + group + rows, mask=rows * G < left, other=1.0)
-        return decode_scaled(codes, scale, FMT, ISA)
-
-
-@triton.jit
-def _write(
-    x,
-    codes_ptr,
-    scale_ptr,
-    line,
-    group,
-    row,
-    groups,
-    left,
-    FMT: tl.constexpr,
-    G: tl.constexpr,
-    R: tl.constexpr,
-    WHOLE: tl.constexpr,
-    ISA: tl.constexpr,
-):
-    """Codes and scales of a tile."""
-    rows = tl.arange(0, R)
-    offsets = rows[:, None] * G + tl.arange(0, G)[None, :]
-    codes, scale = encode_scaled(x, tl.minimum(left - rows * G, G).to(tl.int32), FMT, ISA)
-    tl.store(codes_ptr + line * row + group * G + offsets, codes, mask=element_mask(left, G, R, WHOLE))
-    tl.store(scale_ptr + line * groups + group + rows, scale, mask=rows * G < left)
+        return load_tile(codes_ptr, scale_ptr, first, group, left, FMT, G, R, WHOLE, ISA)
 
 
 @triton.jit
@@ -170,22 +141,22 @@ def forward_kernel(
     Values before codes: with anything of y still alive around the encoders' divisions a thread takes 96 registers (sm_90), not 61.
     """
     line, group, left = tile_at(row, tiles, G, R, FLAT)
-    gate = _read(gate_ptr, gate_stride, gate_codes_ptr, gate_scale_ptr, line, group, row, groups, left, FMT, G, R, WHOLE, ISA)
+    within, first, at = group * G, line * row + group * G, line * groups + group
+    gate = _read(gate_ptr, gate_codes_ptr, gate_scale_ptr, line * gate_stride + within, first, at, left, FMT, G, R, WHOLE, ISA)
     y = activation_value(gate, KIND, ISA)
     if GATED:
-        up = _read(up_ptr, up_stride, up_codes_ptr, up_scale_ptr, line, group, row, groups, left, FMT, G, R, WHOLE, ISA)
+        up = _read(up_ptr, up_codes_ptr, up_scale_ptr, line * up_stride + within, first, at, left, FMT, G, R, WHOLE, ISA)
         y = y * up
-    rows = tl.arange(0, R)
-    offsets = rows[:, None] * G + tl.arange(0, G)[None, :]
     rounded = to_dtype(y, DTYPE, ISA)
-    tl.store(y_ptr + line * row + group * G + offsets, rounded, mask=element_mask(left, G, R, WHOLE))
+    tl.store(y_ptr + first + tile_offsets(G, R), rounded, mask=element_mask(left, G, R, WHOLE))
     if gate_ptr is not None and gate_codes_ptr is not None:
-        _write(gate, gate_codes_ptr, gate_scale_ptr, line, group, row, groups, left, FMT, G, R, WHOLE, ISA)
+        store_tile(gate, gate_codes_ptr, gate_scale_ptr, first, at, left, FMT, G, R, WHOLE, ISA)
     if up_ptr is not None and up_codes_ptr is not None:
-        _write(up, up_codes_ptr, up_scale_ptr, line, group, row, groups, left, FMT, G, R, WHOLE, ISA)
+        store_tile(up, up_codes_ptr, up_scale_ptr, first, at, left, FMT, G, R, WHOLE, ISA)
     if y_amax_ptr is not None:
         amax = group_maximum(nan_unless_finite(to_float32(rounded), ISA), ISA)
-        tl.store(y_amax_ptr + line * groups + group + rows, amax, mask=rows * G < left)
+        rows = tl.arange(0, R)
+        tl.store(y_amax_ptr + at + rows, amax, mask=rows * G < left)
 
 
 @triton.jit
@@ -217,14 +188,14 @@ def backward_kernel(
 ):
     """dgate = dy up f'(gate), dup = dy f(gate), rounded to DTYPE; without GATED dgate = dy f'(gate)."""
     line, group, left = tile_at(row, tiles, G, R, FLAT)
-    offsets = tl.arange(0, R)[:, None] * G + tl.arange(0, G)[None, :]
-    mask = element_mask(left, G, R, WHOLE)
-    dy = to_float32(tl.load(dy_ptr + line * row + group * G + offsets, mask=mask, other=0.0))
-    gate = _read(gate_ptr, gate_stride, gate_codes_ptr, gate_scale_ptr, line, group, row, groups, left, FMT, G, R, WHOLE, ISA)
+    within, first, at = group * G, line * row + group * G, line * groups + group
+    offsets, mask = tile_offsets(G, R), element_mask(left, G, R, WHOLE)
+    dy = to_float32(tl.load(dy_ptr + first + offsets, mask=mask, other=0.0))
+    gate = _read(gate_ptr, gate_codes_ptr, gate_scale_ptr, line * gate_stride + within, first, at, left, FMT, G, R, WHOLE, ISA)
     y, slope = activation_slope(gate, KIND, ISA)
-    out = line * out_stride + group * G + offsets
+    out = line * out_stride + within + offsets
     if GATED:
-        up = _read(up_ptr, up_stride, up_codes_ptr, up_scale_ptr, line, group, row, groups, left, FMT, G, R, WHOLE, ISA)
+        up = _read(up_ptr, up_codes_ptr, up_scale_ptr, line * up_stride + within, first, at, left, FMT, G, R, WHOLE, ISA)
         tl.store(dup_ptr + out, to_dtype(dy * y, DTYPE, ISA), mask=mask)
         dy = dy * up
     tl.store(dgate_ptr + out, to_dtype(dy * slope, DTYPE, ISA), mask=mask)
@@ -234,10 +205,20 @@ def backward_kernel(
 Operand = tuple[Tensor | None, Tensor | None, Tensor | None]
 
 
-def _launch(kernel: Any, like: Tensor, operands: Sequence[Operand], group_size: int, *, halves: bool = False, **arguments: Any) -> None:
-    """One launch over `like`, which has y's shape. Operands: x, or gate and up. `halves`: out has a row of its own for each row."""
+def _launch(
+    kernel: Any,
+    like: Tensor,
+    operands: Sequence[Operand],
+    settings: ActivationSettings,
+    dtype: torch.dtype,
+    *,
+    halves: bool = False,
+    **arguments: Any,
+) -> None:
+    """One launch over `like`, which has y's shape. Operands: x, or gate and up. `halves`: out has rows of its own."""
     if not like.numel():
         return
+    group_size = settings.group_size
     row, lines = like.shape[-1], like.numel() // like.shape[-1]
     pointers: dict[str, Any] = {}
     even = not halves
@@ -260,6 +241,9 @@ def _launch(kernel: Any, like: Tensor, operands: Sequence[Operand], group_size: 
             row=row,
             groups=groups,
             tiles=tiles,
+            KIND=KIND_INDEX[settings.kind],
+            FMT=FORMAT_INDEX[settings.fmt],
+            DTYPE=tl_dtype(dtype),
             GATED=len(operands) == 2,
             G=group_size,
             R=rows_each,
@@ -270,80 +254,63 @@ def _launch(kernel: Any, like: Tensor, operands: Sequence[Operand], group_size: 
         )
 
 
-def _stored(codes: Tensor, scale: Tensor, fmt: str) -> Operand:
-    """What was saved."""
-    return (codes, None, None) if fmt == "none" else (None, codes.contiguous(), scale)
+def _stored(saved: Saved, settings: ActivationSettings) -> Operand:
+    codes, scale = saved
+    return (codes, None, None) if settings.fmt == "none" else (None, codes.contiguous(), scale)
 
 
-def _groups(x: Tensor, group_size: int) -> Tensor:
-    return torch.empty((*x.shape[:-1], num_row_groups(x.shape[-1], group_size)), dtype=torch.float32, device=x.device)
+def _groups(x: Tensor, settings: ActivationSettings) -> Tensor:
+    return torch.empty((*x.shape[:-1], num_row_groups(x.shape[-1], settings.group_size)), dtype=torch.float32, device=x.device)
 
 
-def _forward(operands: Sequence[Tensor], kind: str, fmt: str, group_size: int, amax: bool) -> tuple[Tensor, ...]:
-    like = operands[0]
+def _forward(operands: Sequence[Tensor], settings: ActivationSettings, amax: bool) -> tuple[Tensor, ...]:
+    like, plain = operands[0], settings.fmt == "none"
     empty = like.new_empty(0, dtype=torch.float32)
-    y, y_amax = torch.empty(like.shape, dtype=like.dtype, device=like.device), _groups(like, group_size) if amax else empty
-    rooms: list[tuple[Tensor, Tensor]] = []
+    y, y_amax = torch.empty(like.shape, dtype=like.dtype, device=like.device), _groups(like, settings) if amax else empty
+    rooms: list[Saved] = []
     for _ in operands:
-        codes = torch.empty(0 if fmt == "none" else like.shape, dtype=torch.uint8, device=like.device)
-        rooms.append((codes, empty if fmt == "none" else _groups(like, group_size)))
-    filled: list[Operand] = [(x, None, None) if fmt == "none" else (x, *room) for x, room in zip(operands, rooms, strict=True)]
-    chosen = {"KIND": KIND_INDEX[kind], "FMT": FORMAT_INDEX[fmt], "DTYPE": tl_dtype(like.dtype)}
-    _launch(forward_kernel, like, filled, group_size, y_ptr=y, y_amax_ptr=y_amax if amax else None, **chosen)
+        codes = torch.empty(0 if plain else like.shape, dtype=torch.uint8, device=like.device)
+        rooms.append((codes, empty if plain else _groups(like, settings)))
+    filled: list[Operand] = [(x, None, None) if plain else (x, *room) for x, room in zip(operands, rooms, strict=True)]
+    _launch(forward_kernel, like, filled, settings, like.dtype, y_ptr=y, y_amax_ptr=y_amax if amax else None)
     return y, *(tensor for room in rooms for tensor in room), y_amax
 
 
-def activation(x: Tensor, *, kind: str, fmt: str, group_size: int, amax: bool) -> tuple[Tensor, ...]:
-    return _forward((x,), kind, fmt, group_size, amax)
+def activation(x: Tensor, settings: ActivationSettings, amax: bool) -> tuple[Tensor, ...]:
+    return _forward((x,), settings, amax)
 
 
-def gated_activation(gate: Tensor, up: Tensor, *, kind: str, fmt: str, group_size: int, amax: bool) -> tuple[Tensor, ...]:
-    return _forward((gate, up), kind, fmt, group_size, amax)
+def gated_activation(gate: Tensor, up: Tensor, settings: ActivationSettings, amax: bool) -> tuple[Tensor, ...]:
+    return _forward((gate, up), settings, amax)
 
 
-def _rebuild(like: Tensor, operands: Sequence[Operand], kind: str, fmt: str, group_size: int, dtype: torch.dtype) -> Tensor:
+def _rebuild(operands: Sequence[Saved], settings: ActivationSettings, dtype: torch.dtype) -> Tensor:
+    like = operands[0][0]
     y = torch.empty(like.shape, dtype=dtype, device=like.device)
-    chosen = {"KIND": KIND_INDEX[kind], "FMT": FORMAT_INDEX[fmt], "DTYPE": tl_dtype(dtype)}
-    _launch(forward_kernel, like, operands, group_size, y_ptr=y, y_amax_ptr=None, **chosen)
+    _launch(forward_kernel, like, [_stored(saved, settings) for saved in operands], settings, dtype, y_ptr=y, y_amax_ptr=None)
     return y
 
 
-def activation_from_codes(codes: Tensor, scale: Tensor, *, kind: str, fmt: str, group_size: int, dtype: torch.dtype) -> Tensor:
-    return _rebuild(codes, [_stored(codes, scale, fmt)], kind, fmt, group_size, dtype)
+def activation_from_codes(saved: Saved, settings: ActivationSettings, dtype: torch.dtype) -> Tensor:
+    return _rebuild((saved,), settings, dtype)
 
 
-def gated_activation_from_codes(
-    gate_codes: Tensor, gate_scale: Tensor, up_codes: Tensor, up_scale: Tensor, *, kind: str, fmt: str, group_size: int, dtype: torch.dtype
-) -> Tensor:
-    operands = [_stored(gate_codes, gate_scale, fmt), _stored(up_codes, up_scale, fmt)]
-    return _rebuild(gate_codes, operands, kind, fmt, group_size, dtype)
+def gated_activation_from_codes(gate: Saved, up: Saved, settings: ActivationSettings, dtype: torch.dtype) -> Tensor:
+    return _rebuild((gate, up), settings, dtype)
 
 
-def activation_backward(dy: Tensor, codes: Tensor, scale: Tensor, *, kind: str, fmt: str, group_size: int) -> Tensor:
+def activation_backward(dy: Tensor, saved: Saved, settings: ActivationSettings) -> Tensor:
     dx = torch.empty(dy.shape, dtype=dy.dtype, device=dy.device)
-    chosen = {"KIND": KIND_INDEX[kind], "FMT": FORMAT_INDEX[fmt], "DTYPE": tl_dtype(dy.dtype)}
     out = {"dgate_ptr": dx, "dup_ptr": None, "out_stride": dy.shape[-1]}
-    _launch(backward_kernel, dy, [_stored(codes, scale, fmt)], group_size, dy_ptr=dy, **out, **chosen)
+    _launch(backward_kernel, dy, [_stored(saved, settings)], settings, dy.dtype, dy_ptr=dy, **out)
     return dx
 
 
-def gated_activation_backward(
-    dy: Tensor,
-    gate_codes: Tensor,
-    gate_scale: Tensor,
-    up_codes: Tensor,
-    up_scale: Tensor,
-    *,
-    kind: str,
-    fmt: str,
-    group_size: int,
-    gate_first: bool,
-) -> Tensor:
+def gated_activation_backward(dy: Tensor, gate: Saved, up: Saved, settings: ActivationSettings, gate_first: bool) -> Tensor:
     packed = torch.empty((*dy.shape[:-1], 2 * dy.shape[-1]), dtype=dy.dtype, device=dy.device)
     halves = packed.chunk(2, dim=-1)
     dgate, dup = halves if gate_first else halves[::-1]
-    chosen = {"KIND": KIND_INDEX[kind], "FMT": FORMAT_INDEX[fmt], "DTYPE": tl_dtype(dy.dtype)}
     out = {"dgate_ptr": dgate, "dup_ptr": dup, "out_stride": packed.shape[-1]}
-    operands = [_stored(gate_codes, gate_scale, fmt), _stored(up_codes, up_scale, fmt)]
-    _launch(backward_kernel, dy, operands, group_size, halves=True, dy_ptr=dy, **out, **chosen)
+    operands = [_stored(gate, settings), _stored(up, settings)]
+    _launch(backward_kernel, dy, operands, settings, dy.dtype, halves=True, dy_ptr=dy, **out)
     return packed

@@ -38,6 +38,53 @@ def element_mask(left, G: tl.constexpr, R: tl.constexpr, WHOLE: tl.constexpr):
 
 
 @triton.jit
+def tile_offsets(G: tl.constexpr, R: tl.constexpr):
+    """Where the elements of a tile [R, G] lie behind its first."""
+    return tl.arange(0, R)[:, None] * G + tl.arange(0, G)[None, :]
+
+
+@triton.jit
+def store_tile(
+    x,
+    codes_ptr,
+    scale_ptr,
+    first,  # the tile's first element
+    group,  # and group in the tensor
+    left,  # elements of its line from there on
+    FMT: tl.constexpr,
+    G: tl.constexpr,
+    R: tl.constexpr,
+    WHOLE: tl.constexpr,
+    ISA: tl.constexpr,
+):
+    """Codes and scales of a tile."""
+    rows = tl.arange(0, R)
+    codes, scale = encode_scaled(x, tl.minimum(left - rows * G, G).to(tl.int32), FMT, ISA)
+    tl.store(codes_ptr + first + tile_offsets(G, R), codes, mask=element_mask(left, G, R, WHOLE))
+    tl.store(scale_ptr + group + rows, scale, mask=rows * G < left)
+
+
+@triton.jit
+def load_tile(
+    codes_ptr,
+    scale_ptr,
+    first,  # as in store_tile
+    group,
+    left,
+    FMT: tl.constexpr,
+    G: tl.constexpr,
+    R: tl.constexpr,
+    WHOLE: tl.constexpr,
+    ISA: tl.constexpr,
+):
+    """float32 values of a tile's codes; 0 where there are none."""
+    rows = tl.arange(0, R)
+    codes = tl.load(codes_ptr + first + tile_offsets(G, R), mask=element_mask(left, G, R, WHOLE), other=0)
+    scale = tl.load(scale_ptr + group + rows, mask=rows * G < left, other=1.0)
+    return decode_scaled(codes, scale, FMT, ISA)
+
+
+@triton.jit
 def quantize_kernel(
     x_ptr,  # float [lines, row]
     codes_ptr,  # uint8 [lines, row]
@@ -53,15 +100,9 @@ def quantize_kernel(
 ):
     """codes, scale = encode(x), by groups of G elements of a line."""
     line, group, left = tile_at(row, tiles, G, R, WHOLE)
-    rows = tl.arange(0, R)
-    offsets = rows[:, None] * G + tl.arange(0, G)[None, :]
     first = line * row + group * G
-    mask = element_mask(left, G, R, WHOLE)
-    x = to_float32(tl.load(x_ptr + first + offsets, mask=mask, other=0.0))
-    count = tl.minimum(left - rows * G, G).to(tl.int32)
-    codes, scale = encode_scaled(x, count, FMT, ISA)
-    tl.store(codes_ptr + first + offsets, codes, mask=mask)
-    tl.store(scale_ptr + line * groups + group + rows, scale, mask=rows * G < left)
+    x = to_float32(tl.load(x_ptr + first + tile_offsets(G, R), mask=element_mask(left, G, R, WHOLE), other=0.0))
+    store_tile(x, codes_ptr, scale_ptr, first, line * groups + group, left, FMT, G, R, WHOLE, ISA)
 
 
 @triton.jit
@@ -81,13 +122,9 @@ def dequantize_kernel(
 ):
     """out = decode(codes, scale), rounded to nearest even in DTYPE."""
     line, group, left = tile_at(row, tiles, G, R, WHOLE)
-    rows = tl.arange(0, R)
-    offsets = rows[:, None] * G + tl.arange(0, G)[None, :]
     first = line * row + group * G
-    mask = element_mask(left, G, R, WHOLE)
-    codes = tl.load(codes_ptr + first + offsets, mask=mask, other=0)
-    scale = tl.load(scale_ptr + line * groups + group + rows, mask=rows * G < left, other=1.0)
-    tl.store(out_ptr + first + offsets, to_dtype(decode_scaled(codes, scale, FMT, ISA), DTYPE, ISA), mask=mask)
+    x = load_tile(codes_ptr, scale_ptr, first, line * groups + group, left, FMT, G, R, WHOLE, ISA)
+    tl.store(out_ptr + first + tile_offsets(G, R), to_dtype(x, DTYPE, ISA), mask=element_mask(left, G, R, WHOLE))
 
 
 def geometry(shape: torch.Size, group_size: int) -> tuple[int, dict[str, int | bool]]:

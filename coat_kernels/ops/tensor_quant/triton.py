@@ -10,10 +10,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...formats.scaled8 import FORMAT_INDEX, MAX, MIN_AMAX, num_row_groups
+from ...formats.scaled8 import FORMAT_INDEX, MAX, MIN_AMAX
 from ...formats.triton_launch import device_guard, instruction_set, tl_dtype
 from ...formats.triton_params import to_dtype, to_float32
 from ...formats.triton_scaled8 import codes_under, decode_scaled, group_maximum, nan_unless_finite, scale_under
+from ..activation_quant.triton import element_mask, geometry, tile_at, tile_offsets
 
 #: Elements a program handles: 32 for each thread of 2 warps.
 _TILE = 2048
@@ -39,15 +40,10 @@ def group_amax_kernel(
     ISA: tl.constexpr,
 ):
     """amax = the largest finite |x| of each group. WHOLE: a single line of whole groups."""
-    line, tile = tl.program_id(0) * 0, tl.program_id(0)
-    if not WHOLE:
-        line, tile = tile // tiles, tile % tiles
-    line, group = line.to(tl.int64), tile.to(tl.int64) * R
+    line, group, left = tile_at(row, tiles, G, R, WHOLE)
     rows = tl.arange(0, R)
-    left = row - group * G
-    offsets = rows[:, None] * G + tl.arange(0, G)[None, :]
-    mask = tl.broadcast_to(rows[:, None] * G < left, [R, G]) if WHOLE else offsets < left
-    x = to_float32(tl.load(x_ptr + line * row + group * G + offsets, mask=mask, other=0.0))
+    mask = element_mask(left, G, R, WHOLE)
+    x = to_float32(tl.load(x_ptr + line * row + group * G + tile_offsets(G, R), mask=mask, other=0.0))
     tl.store(amax_ptr + line * groups + group + rows, group_maximum(nan_unless_finite(x, ISA), ISA), mask=rows * G < left)
 
 
@@ -143,18 +139,10 @@ def transpose_kernel(
 def group_amax(x: Tensor, group_size: int, amax_shape: torch.Size) -> Tensor:
     """Largest finite magnitude of each group of contiguous `x`, float32 `amax_shape`."""
     amax = torch.empty(amax_shape, dtype=torch.float32, device=x.device)
-    row = x.shape[-1]
-    lines, whole = x.numel() // max(row, 1), row % group_size == 0
-    if whole:
-        lines, row = 1, lines * row
-    groups = num_row_groups(row, group_size)
-    rows = min(_TILE // group_size, triton.next_power_of_2(max(groups, 1)))
-    tiles = triton.cdiv(groups, rows)
+    programs, arguments = geometry(x.shape, group_size)
     if x.numel():
         with device_guard(x):
-            group_amax_kernel[(lines * tiles,)](
-                x, amax, row, groups, tiles, G=group_size, R=rows, WHOLE=whole, ISA=instruction_set(x), num_warps=_NUM_WARPS
-            )
+            group_amax_kernel[(programs,)](x, amax, **arguments, ISA=instruction_set(x), num_warps=_NUM_WARPS)
     return amax
 
 

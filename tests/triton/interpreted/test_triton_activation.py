@@ -10,6 +10,7 @@ from coat_kernels.formats import scaled8
 from coat_kernels.ops.activation import reference
 from coat_kernels.ops.activation import triton as kernel
 from coat_kernels.ops.activation.kinds import KINDS
+from coat_kernels.ops.activation.settings import ActivationSettings
 
 FORMATS = ("none", "e4m3", "e5m2", "int8", "auto")
 #: As in tests/ops/test_activation.py; the special function unit's 2^-22 is part of it.
@@ -44,17 +45,18 @@ cases = pytest.mark.parametrize("kind, fmt", CASES)
 @cases
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_plain(kind: str, fmt: str, dtype: torch.dtype) -> None:
+    settings = ActivationSettings(kind, fmt, 128)
     for width in (256, 100):
         x, dy = sample(3, 2, width, dtype=dtype), sample(3, 2, width, dtype=dtype, seed=1)
         codes, scale, values = saved(x, fmt, 128)
-        y, *kept, y_amax = kernel.activation(x, kind=kind, fmt=fmt, group_size=128, amax=True)
+        y, *kept, y_amax = kernel.activation(x, settings, amax=True)
         assert_within(y, reference.value(x.double(), kind), x.double())
         assert torch.equal(y_amax, scaled8.group_amax(y, 128))
         if fmt != "none":
             assert torch.equal(kept[0], codes) and torch.equal(kept[1], scale)
-        rebuilt = kernel.activation_from_codes(codes, scale, kind=kind, fmt=fmt, group_size=128, dtype=dtype)
+        rebuilt = kernel.activation_from_codes((codes, scale), settings, dtype)
         assert_within(rebuilt, reference.value(values, kind), values)
-        dx = kernel.activation_backward(dy, codes, scale, kind=kind, fmt=fmt, group_size=128)
+        dx = kernel.activation_backward(dy, (codes, scale), settings)
         assert_within(dx, dy.double() * reference.value_and_slope(values, kind)[1], dy.double())
 
 
@@ -65,16 +67,17 @@ def test_gated_on_halves_of_one_tensor(kind: str, fmt: str) -> None:
         gate, up = halves if gate_first else halves[::-1]
         dy = sample(3, 2, width, seed=1)
         (codes, scale, g), (up_codes, up_scale, u) = saved(gate, fmt, 64), saved(up, fmt, 64)
-        options = {"kind": kind, "fmt": fmt, "group_size": 64}
-        y, *kept, y_amax = kernel.gated_activation(gate, up, **options, amax=True)
+        settings = ActivationSettings(kind, fmt, 64)
+        both = (codes, scale), (up_codes, up_scale)
+        y, *kept, y_amax = kernel.gated_activation(gate, up, settings, amax=True)
         exact = gate.double(), up.double()
         assert_within(y, reference.value(exact[0], kind) * exact[1], exact[0] * exact[1])
         assert torch.equal(y_amax, scaled8.group_amax(y, 64))
         if fmt != "none":
             assert all(torch.equal(got, want) for got, want in zip(kept, (codes, scale, up_codes, up_scale), strict=True))
-        rebuilt = kernel.gated_activation_from_codes(codes, scale, up_codes, up_scale, **options, dtype=torch.bfloat16)
+        rebuilt = kernel.gated_activation_from_codes(*both, settings, torch.bfloat16)
         assert_within(rebuilt, reference.value(g, kind) * u, g * u)
-        packed = kernel.gated_activation_backward(dy, codes, scale, up_codes, up_scale, **options, gate_first=gate_first)
+        packed = kernel.gated_activation_backward(dy, *both, settings, gate_first)
         dgate, dup = packed.chunk(2, dim=-1) if gate_first else packed.chunk(2, dim=-1)[::-1]
         value, slope = reference.value_and_slope(g, kind)
         assert_within(dgate, dy.double() * u * slope, dy.double() * u)
@@ -87,11 +90,11 @@ def test_tails_and_bad_elements(kind: str, fmt: str) -> None:
     bad = x.clone()
     bad[0, 7], bad[0, 130], bad[1, 199] = torch.nan, torch.inf, -torch.inf
     where = ~bad.isfinite()
-    results = []
+    results, settings = [], ActivationSettings(kind, fmt, 128)
     for values in (torch.where(where, 0, bad), bad):
-        y, codes, scale, _ = kernel.activation(values, kind=kind, fmt=fmt, group_size=128, amax=False)
+        y, codes, scale, _ = kernel.activation(values, settings, amax=False)
         codes = values if fmt == "none" else codes
-        results += [y, kernel.activation_backward(torch.ones_like(x), codes, scale, kind=kind, fmt=fmt, group_size=128)]
+        results += [y, kernel.activation_backward(torch.ones_like(x), (codes, scale), settings)]
     y, dx, bad_y, bad_dx = results
     assert y.isfinite().all() and dx.isfinite().all()
     assert (y[:, 1::10][~where[:, 1::10]] == 0).all()
@@ -102,10 +105,7 @@ def test_tails_and_bad_elements(kind: str, fmt: str) -> None:
 
 
 def test_empty() -> None:
+    settings = ActivationSettings("silu", "auto", 16)
     for shape in ((0, 16), (3, 0)):
-        x = torch.zeros(shape)
-        y, codes, scale, _ = kernel.activation(x, kind="silu", fmt="auto", group_size=16, amax=True)
-        assert (
-            kernel.gated_activation_backward(y, codes, scale, codes, scale, kind="silu", fmt="auto", group_size=16, gate_first=True).numel()
-            == 0
-        )
+        y, codes, scale, _ = kernel.activation(torch.zeros(shape), settings, amax=True)
+        assert kernel.gated_activation_backward(y, (codes, scale), (codes, scale), settings, gate_first=True).numel() == 0
