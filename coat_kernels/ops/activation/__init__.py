@@ -18,8 +18,6 @@ NaN is NaN, of -inf too (0 · inf, as in torch); the gradient of a NaN or infini
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
 from importlib import import_module
 from typing import Any
 
@@ -29,7 +27,7 @@ from torch import Tensor
 from ...backends import require_backend
 from ...formats.parameters import PARAM_DTYPES
 from ...formats.scaled8 import num_row_groups
-from .._library import LIBRARY
+from .._library import LIBRARY, register
 from . import cpu, fake, reference
 from .settings import ActivationSettings, Saved
 
@@ -85,83 +83,87 @@ def check_alike(name: str, x: Tensor, other_name: str, other: Tensor, *, dtype: 
         )
 
 
-#: The module that runs an op for tensors like the first; `exact`: float64 is among them.
-Choose = Callable[[Tensor, bool], Any]
-
-
-def _backend(x: Tensor, exact: bool) -> Any:
-    """The launcher for tensors on x's device; float64 is the reference's alone."""
+def _backend(x: Tensor, *others: Tensor, dtype: torch.dtype | None = None) -> Any:
+    """The launcher for tensors on x's device; float64, of a tensor or the result, is the reference's alone."""
     chosen = require_backend("activation", x.device)
     if chosen == "Triton":
         return import_module(".triton", __package__)
+    exact = torch.float64 in (dtype, x.dtype, *(other.dtype for other in others))
     return reference if exact or chosen == "reference" else cpu
 
 
-def _fake(x: Tensor, exact: bool) -> Any:
-    return fake
-
-
-def _is_exact(*tensors: Tensor) -> bool:
-    return any(t.dtype == torch.float64 for t in tensors)
-
-
-def _activation(choose: Choose, x: Tensor, kind: str, fmt: str, group_size: int, amax: bool) -> tuple[Tensor, ...]:
+def _activation_arguments(x: Tensor, kind: str, fmt: str, group_size: int, amax: bool) -> tuple[Any, ...]:
     settings = ActivationSettings(kind, fmt, group_size)
     check_values("x", x)
-    return choose(x, _is_exact(x)).activation(x.contiguous(), settings, amax)
+    return x, settings, amax
 
 
-def _activation_from_codes(
-    choose: Choose, codes: Tensor, scale: Tensor, kind: str, fmt: str, group_size: int, dtype: torch.dtype
-) -> Tensor:
-    settings = ActivationSettings(kind, fmt, group_size)
-    check_saved("codes", (codes, scale), settings)
-    launcher = choose(codes, dtype == torch.float64 or _is_exact(codes, scale))
-    return launcher.activation_from_codes((codes.contiguous(), scale.contiguous()), settings, dtype)
+def _activation(x: Tensor, settings: ActivationSettings, amax: bool) -> tuple[Tensor, ...]:
+    return _backend(x).activation(x.contiguous(), settings, amax)
 
 
-def _activation_backward(choose: Choose, dy: Tensor, codes: Tensor, scale: Tensor, kind: str, fmt: str, group_size: int) -> Tensor:
-    settings = ActivationSettings(kind, fmt, group_size)
+def _activation_from_codes_arguments(
+    codes: Tensor, scale: Tensor, kind: str, fmt: str, group_size: int, dtype: torch.dtype
+) -> tuple[Any, ...]:
+    saved, settings = (codes, scale), ActivationSettings(kind, fmt, group_size)
+    check_saved("codes", saved, settings)
+    return saved, settings, dtype
+
+
+def _activation_from_codes(saved: Saved, settings: ActivationSettings, dtype: torch.dtype) -> Tensor:
+    codes, scale = saved
+    return _backend(*saved, dtype=dtype).activation_from_codes((codes.contiguous(), scale.contiguous()), settings, dtype)
+
+
+def _activation_backward_arguments(dy: Tensor, codes: Tensor, scale: Tensor, kind: str, fmt: str, group_size: int) -> tuple[Any, ...]:
+    saved, settings = (codes, scale), ActivationSettings(kind, fmt, group_size)
     check_values("dy", dy)
-    check_saved("codes", (codes, scale), settings)
+    check_saved("codes", saved, settings)
     check_alike("dy", dy, "codes", codes, dtype=False)
-    launcher = choose(dy, _is_exact(dy, codes, scale))
-    return launcher.activation_backward(dy.contiguous(), (codes.contiguous(), scale.contiguous()), settings)
+    return dy, saved, settings
 
 
-def _gated_activation(choose: Choose, gate: Tensor, up: Tensor, kind: str, fmt: str, group_size: int, amax: bool) -> tuple[Tensor, ...]:
+def _activation_backward(dy: Tensor, saved: Saved, settings: ActivationSettings) -> Tensor:
+    codes, scale = saved
+    return _backend(dy, *saved).activation_backward(dy.contiguous(), (codes.contiguous(), scale.contiguous()), settings)
+
+
+def _gated_activation_arguments(gate: Tensor, up: Tensor, kind: str, fmt: str, group_size: int, amax: bool) -> tuple[Any, ...]:
     settings = ActivationSettings(kind, fmt, group_size)
     check_values("gate", gate)
     check_alike("gate", gate, "up", up)
-    return choose(gate, _is_exact(gate)).gated_activation(gate, up, settings, amax)
+    return gate, up, settings, amax
 
 
-def _check_gated(gate: Saved, up: Saved, settings: ActivationSettings) -> None:
+def _gated_activation(gate: Tensor, up: Tensor, settings: ActivationSettings, amax: bool) -> tuple[Tensor, ...]:
+    return _backend(gate).gated_activation(gate, up, settings, amax)
+
+
+def _gated_saved(gate: Saved, up: Saved, settings: ActivationSettings) -> tuple[Saved, Saved, ActivationSettings]:
+    """Checked."""
     check_saved("gate_codes", gate, settings)
     check_saved("up_codes", up, settings)
     check_alike("gate_codes", gate[0], "up_codes", up[0])
+    return gate, up, settings
 
 
-def _gated_activation_from_codes(
-    choose: Choose,
-    gate_codes: Tensor,
-    gate_scale: Tensor,
-    up_codes: Tensor,
-    up_scale: Tensor,
-    kind: str,
-    fmt: str,
-    group_size: int,
-    dtype: torch.dtype,
-) -> Tensor:
-    settings = ActivationSettings(kind, fmt, group_size)
-    gate, up = (gate_codes, gate_scale.contiguous()), (up_codes, up_scale.contiguous())
-    _check_gated(gate, up, settings)
-    launcher = choose(gate_codes, dtype == torch.float64 or _is_exact(*gate))
-    return launcher.gated_activation_from_codes(gate, up, settings, dtype)
+def _gated_activation_from_codes_arguments(
+    gate_codes: Tensor, gate_scale: Tensor, up_codes: Tensor, up_scale: Tensor, kind: str, fmt: str, group_size: int, dtype: torch.dtype
+) -> tuple[Any, ...]:
+    return *_gated_saved((gate_codes, gate_scale), (up_codes, up_scale), ActivationSettings(kind, fmt, group_size)), dtype
 
 
-def _gated_activation_backward(
-    choose: Choose,
+def _with_rows(saved: Saved) -> Saved:
+    """Of a gated function: codes may be a half of one tensor, scales lie one behind the other."""
+    codes, scale = saved
+    return codes, scale.contiguous()
+
+
+def _gated_activation_from_codes(gate: Saved, up: Saved, settings: ActivationSettings, dtype: torch.dtype) -> Tensor:
+    return _backend(*gate, dtype=dtype).gated_activation_from_codes(_with_rows(gate), _with_rows(up), settings, dtype)
+
+
+def _gated_activation_backward_arguments(
     dy: Tensor,
     gate_codes: Tensor,
     gate_scale: Tensor,
@@ -171,24 +173,25 @@ def _gated_activation_backward(
     fmt: str,
     group_size: int,
     gate_first: bool,
-) -> Tensor:
-    settings = ActivationSettings(kind, fmt, group_size)
-    gate, up = (gate_codes, gate_scale.contiguous()), (up_codes, up_scale.contiguous())
+) -> tuple[Any, ...]:
+    gate, up, settings = _gated_saved((gate_codes, gate_scale), (up_codes, up_scale), ActivationSettings(kind, fmt, group_size))
     check_values("dy", dy)
-    _check_gated(gate, up, settings)
     check_alike("dy", dy, "gate_codes", gate_codes, dtype=False)
-    return choose(dy, _is_exact(dy, *gate)).gated_activation_backward(dy.contiguous(), gate, up, settings, gate_first)
+    return dy, gate, up, settings, gate_first
 
 
-for _run in (
-    _activation,
-    _activation_from_codes,
-    _activation_backward,
-    _gated_activation,
+def _gated_activation_backward(dy: Tensor, gate: Saved, up: Saved, settings: ActivationSettings, gate_first: bool) -> Tensor:
+    return _backend(dy, *gate).gated_activation_backward(dy.contiguous(), _with_rows(gate), _with_rows(up), settings, gate_first)
+
+
+register("activation", _activation_arguments, _activation, fake.activation)
+register("activation_from_codes", _activation_from_codes_arguments, _activation_from_codes, fake.activation_from_codes)
+register("activation_backward", _activation_backward_arguments, _activation_backward, fake.activation_backward)
+register("gated_activation", _gated_activation_arguments, _gated_activation, fake.gated_activation)
+register(
+    "gated_activation_from_codes",
+    _gated_activation_from_codes_arguments,
     _gated_activation_from_codes,
-    _gated_activation_backward,
-):
-    _name = _run.__name__.removeprefix("_")
-    for _key in ("CPU", "CUDA"):
-        LIBRARY.impl(_name, partial(_run, _backend), _key)
-    torch.library.register_fake(f"coat_kernels::{_name}", partial(_run, _fake), lib=LIBRARY)
+    fake.gated_activation_from_codes,
+)
+register("gated_activation_backward", _gated_activation_backward_arguments, _gated_activation_backward, fake.gated_activation_backward)

@@ -10,7 +10,7 @@ from ...formats.parameters import DTYPE_INDEX
 from ...formats.scaled8 import FORMAT_INDEX
 
 
-def quantize_activation(x: Tensor, *, fmt: str, group_size: int, scale_shape: torch.Size) -> tuple[Tensor, Tensor]:
+def quantize_activation(x: Tensor, fmt: str, group_size: int, scale_shape: torch.Size) -> tuple[Tensor, Tensor]:
     codes, scale = torch.empty(x.shape, dtype=torch.uint8), torch.empty(scale_shape)
     row = x.shape[-1]
     native.quantize_activation(
@@ -27,7 +27,7 @@ def quantize_activation(x: Tensor, *, fmt: str, group_size: int, scale_shape: to
     return codes, scale
 
 
-def dequantize_activation(codes: Tensor, scale: Tensor, *, fmt: str, group_size: int, dtype: torch.dtype) -> Tensor:
+def dequantize_activation(codes: Tensor, scale: Tensor, fmt: str, group_size: int, dtype: torch.dtype) -> Tensor:
     out = torch.empty(codes.shape, dtype=dtype)
     row = codes.shape[-1]
     native.dequantize_activation(

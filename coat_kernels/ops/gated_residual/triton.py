@@ -12,6 +12,7 @@ from ...formats.triton_launch import device_guard, instruction_set, tl_dtype
 from ...formats.triton_params import to_dtype, to_float32
 from ..row_values import empty_stored, kernel_factor
 from ..triton_rows import add_blocks, blocks_of, load_values, store_values
+from .settings import ResidualSettings
 
 #: Elements of a tile, and its warps.
 _TILE, _NUM_WARPS = 1024, 2
@@ -102,10 +103,10 @@ def geometry(row: int, group_size: int) -> tuple[int, dict[str, int | bool]]:
     return triton.cdiv(groups, in_tile), {"G": group_size, "R": in_tile, "WHOLE": row % group_size == 0}
 
 
-def gated_residual(residual: Tensor, x: Tensor, gate: Tensor, *, fmt: str, group_size: int, save: bool) -> tuple[Tensor, Tensor, Tensor]:
+def gated_residual(residual: Tensor, x: Tensor, gate: Tensor, settings: ResidualSettings, save: bool) -> tuple[Tensor, Tensor, Tensor]:
     rows, row = x.numel() // x.shape[-1], x.shape[-1]
-    y, (codes, scale) = torch.empty_like(x), empty_stored(x, fmt, group_size, save)
-    parts, constants = geometry(row, group_size)
+    y, (codes, scale) = torch.empty_like(x), empty_stored(x, settings.fmt, settings.group_size, save)
+    parts, constants = geometry(row, settings.group_size)
     if x.numel():
         with device_guard(x):
             gated_residual_kernel[(rows, parts)](
@@ -116,9 +117,9 @@ def gated_residual(residual: Tensor, x: Tensor, gate: Tensor, *, fmt: str, group
                 codes if save else None,
                 scale if save else None,
                 row,
-                num_row_groups(row, group_size),
+                num_row_groups(row, settings.group_size),
                 rows * row // gate.numel(),
-                FMT=FORMAT_INDEX[fmt],
+                FMT=FORMAT_INDEX[settings.fmt],
                 DTYPE=tl_dtype(x.dtype),
                 **constants,
                 ISA=instruction_set(x),
@@ -128,12 +129,13 @@ def gated_residual(residual: Tensor, x: Tensor, gate: Tensor, *, fmt: str, group
 
 
 def gated_residual_backward(
-    dy: Tensor, codes: Tensor, scale: Tensor, gate: Tensor, *, fmt: str, group_size: int, need_gate: bool, need_x: bool
+    dy: Tensor, saved: tuple[Tensor, Tensor], gate: Tensor, settings: ResidualSettings, need_gate: bool, need_x: bool
 ) -> tuple[Tensor, Tensor]:
+    codes, scale = saved
     row = dy.shape[-1]
     segments = gate.numel() // row
     segment_rows = dy.numel() // (row * segments)
-    parts, constants = geometry(row, group_size)
+    parts, constants = geometry(row, settings.group_size)
     # fewer blocks where a row has several parts, but no fewer than one a multiprocessor
     blocks, block_rows = blocks_of(segment_rows, segments, parts) if need_gate else (segment_rows, 1)
     dx = torch.empty_like(dy) if need_x else dy.new_empty(0)
@@ -152,8 +154,8 @@ def gated_residual_backward(
                 segment_rows,
                 block_rows,
                 row,
-                num_row_groups(row, group_size),
-                FMT=FORMAT_INDEX[fmt],
+                num_row_groups(row, settings.group_size),
+                FMT=FORMAT_INDEX[settings.fmt],
                 DTYPE=tl_dtype(dy.dtype),
                 **constants,
                 ISA=instruction_set(dy),

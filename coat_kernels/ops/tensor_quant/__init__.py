@@ -6,18 +6,16 @@ can write the maxima as it goes; `quantize_with_amax` is stage two alone.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from importlib import import_module
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ...backends import require_backend
 from ...formats.scaled8 import check_group, check_single_format, num_row_groups
-from .._library import LIBRARY
-from ..activation_quant import check_activation_dtype
+from .._library import LIBRARY, register
+from ..quantized import check_encoded, check_input, quantizer_of
+from ..row_values import wide_dtype
 from . import cpu, reference
 
 LIBRARY.define("quantize_tensor(Tensor x, str fmt, int group_size, bool per_row) -> (Tensor, Tensor, Tensor)")
@@ -61,125 +59,91 @@ def _scale_shape(shape: torch.Size, per_row: bool) -> torch.Size:
     return torch.Size((*shape[:-1], 1)) if per_row else torch.Size(())
 
 
-def _check_input(x: Tensor, fmt: str) -> None:
+def _backend(tensor: Tensor, dtype: torch.dtype) -> Any:
+    return quantizer_of("tensor_quant", tensor, dtype, reference, cpu)
+
+
+def _quantize_tensor_arguments(x: Tensor, fmt: str, group_size: int, per_row: bool) -> tuple[Any, ...]:
     check_single_format(fmt)
-    check_activation_dtype(x.dtype, "x")
-    if x.dim() == 0:
-        raise ValueError("groups run along the last dimension and a tensor of shape () has none; pass x.view(1)")
-
-
-def check_quantize_tensor(x: Tensor, fmt: str, group_size: int) -> torch.Size:
-    """The checks that the op and its fake share; returns the shape of the maxima."""
-    _check_input(x, fmt)
+    check_input(x)
     check_group(group_size)
-    return torch.Size((*x.shape[:-1], num_row_groups(x.shape[-1], group_size)))
+    amax_shape = torch.Size((*x.shape[:-1], num_row_groups(x.shape[-1], group_size)))
+    return x, fmt, group_size, amax_shape, _scale_shape(x.shape, per_row)
 
 
-def check_quantize_with_amax(x: Tensor, group_amax: Tensor, fmt: str) -> None:
-    """The checks that the op and its fake share."""
-    _check_input(x, fmt)
-    want = torch.float64 if x.dtype == torch.float64 else torch.float32
+def _quantize_tensor(
+    x: Tensor, fmt: str, group_size: int, amax_shape: torch.Size, scale_shape: torch.Size
+) -> tuple[Tensor, Tensor, Tensor]:
+    backend, x = _backend(x, x.dtype), x.contiguous()
+    group_amax = backend.group_amax(x, group_size=group_size, amax_shape=amax_shape)
+    return (*backend.quantize_with_amax(x, group_amax, fmt=fmt, scale_shape=scale_shape), group_amax)
+
+
+def _quantize_tensor_fake(
+    x: Tensor, fmt: str, group_size: int, amax_shape: torch.Size, scale_shape: torch.Size
+) -> tuple[Tensor, Tensor, Tensor]:
+    group_amax = x.new_empty(amax_shape, dtype=wide_dtype(x.dtype))
+    return (*_quantize_with_amax_fake(x, group_amax, fmt, scale_shape), group_amax)
+
+
+def _quantize_with_amax_arguments(x: Tensor, group_amax: Tensor, fmt: str, per_row: bool) -> tuple[Any, ...]:
+    check_single_format(fmt)
+    check_input(x)
+    want = wide_dtype(x.dtype)
     if group_amax.dtype != want:
         raise TypeError(f"group_amax must be {want} for x of {x.dtype}, got {group_amax.dtype}")
     if group_amax.dim() != x.dim() or group_amax.shape[:-1] != x.shape[:-1]:
         raise ValueError(f"x of shape {tuple(x.shape)} needs maxima of shape {(*x.shape[:-1], 'groups')}, got {tuple(group_amax.shape)}")
     if group_amax.device != x.device:
         raise ValueError(f"x lies on {x.device} and group_amax on {group_amax.device}; they must share a device")
+    return x, group_amax, fmt, _scale_shape(x.shape, per_row)
 
 
-def check_dequantize_tensor(codes: Tensor, scale: Tensor, fmt: str, dtype: torch.dtype) -> None:
-    """The checks that the op and its fake share."""
+def _quantize_with_amax(x: Tensor, group_amax: Tensor, fmt: str, scale_shape: torch.Size) -> tuple[Tensor, Tensor]:
+    return _backend(x, x.dtype).quantize_with_amax(x.contiguous(), group_amax.contiguous(), fmt=fmt, scale_shape=scale_shape)
+
+
+def _quantize_with_amax_fake(x: Tensor, group_amax: Tensor, fmt: str, scale_shape: torch.Size) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape, dtype=torch.uint8), x.new_empty(scale_shape, dtype=wide_dtype(x.dtype))
+
+
+def _dequantize_tensor_arguments(codes: Tensor, scale: Tensor, fmt: str, dtype: torch.dtype) -> tuple[Any, ...]:
     check_single_format(fmt)
-    check_activation_dtype(dtype, "the result")
-    if codes.dtype != torch.uint8:
-        raise TypeError(f"codes must be torch.uint8, got {codes.dtype} (codes.view(torch.uint8) reads float8 codes)")
-    if not (scale.dtype == torch.float32 or (scale.dtype == torch.float64 and dtype == torch.float64)):
-        raise TypeError(f"scale must be torch.float32, got {scale.dtype}")
+    check_encoded(codes, scale, dtype)
     if scale.dim() != 0 and scale.shape != _scale_shape(codes.shape, True):
         raise ValueError(
             f"codes of shape {tuple(codes.shape)} need a scale of shape () or {tuple(_scale_shape(codes.shape, True))}, "
             f"got {tuple(scale.shape)}"
         )
-    if scale.device != codes.device:
-        raise ValueError(f"codes lie on {codes.device} and scale on {scale.device}; they must share a device")
-
-
-def check_transpose_codes(codes: Tensor) -> None:
-    """The checks that the op and its fake share."""
-    if codes.dim() != 2 or codes.element_size() != 1:
-        raise ValueError(f"a matrix of one-byte codes is needed, got shape {tuple(codes.shape)} of {codes.dtype}")
-
-
-def _backend(tensor: Tensor, dtype: torch.dtype) -> Any:
-    chosen = require_backend("tensor_quant", tensor.device)
-    if chosen == "Triton":
-        if dtype == torch.float64:
-            raise TypeError("kernels compute in float32: float64 activations are quantized on CPUs only; pass x.float()")
-        return import_module(".triton", __package__)
-    return cpu if chosen == "C++" and dtype != torch.float64 else reference
-
-
-def _quantize_tensor(x: Tensor, fmt: str, group_size: int, per_row: bool) -> tuple[Tensor, Tensor, Tensor]:
-    amax_shape = check_quantize_tensor(x, fmt, group_size)
-    backend, x = _backend(x, x.dtype), x.contiguous()
-    group_amax = backend.group_amax(x, group_size=group_size, amax_shape=amax_shape)
-    scale_shape = _scale_shape(x.shape, per_row)
-    return (*backend.quantize_with_amax(x, group_amax, fmt=fmt, scale_shape=scale_shape), group_amax)
-
-
-def _quantize_with_amax(x: Tensor, group_amax: Tensor, fmt: str, per_row: bool) -> tuple[Tensor, Tensor]:
-    check_quantize_with_amax(x, group_amax, fmt)
-    scale_shape = _scale_shape(x.shape, per_row)
-    return _backend(x, x.dtype).quantize_with_amax(x.contiguous(), group_amax.contiguous(), fmt=fmt, scale_shape=scale_shape)
+    return codes, scale, fmt, dtype
 
 
 def _dequantize_tensor(codes: Tensor, scale: Tensor, fmt: str, dtype: torch.dtype) -> Tensor:
-    check_dequantize_tensor(codes, scale, fmt, dtype)
     return _backend(codes, dtype).dequantize_tensor(codes.contiguous(), scale.contiguous(), fmt=fmt, dtype=dtype)
 
 
-def _transpose_codes(codes: Tensor) -> Tensor:
-    check_transpose_codes(codes)
-    return _backend(codes, torch.uint8).transpose_codes(codes.contiguous())
-
-
-def _scale_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def _quantize_tensor_fake(x: Tensor, fmt: str, group_size: int, per_row: bool) -> tuple[Tensor, Tensor, Tensor]:
-    amax_shape = check_quantize_tensor(x, fmt, group_size)
-    scale_dtype = _scale_dtype(x.dtype)
-    codes, scale = x.new_empty(x.shape, dtype=torch.uint8), x.new_empty(_scale_shape(x.shape, per_row), dtype=scale_dtype)
-    return codes, scale, x.new_empty(amax_shape, dtype=scale_dtype)
-
-
-def _quantize_with_amax_fake(x: Tensor, group_amax: Tensor, fmt: str, per_row: bool) -> tuple[Tensor, Tensor]:
-    check_quantize_with_amax(x, group_amax, fmt)
-    scale = x.new_empty(_scale_shape(x.shape, per_row), dtype=_scale_dtype(x.dtype))
-    return x.new_empty(x.shape, dtype=torch.uint8), scale
-
-
 def _dequantize_tensor_fake(codes: Tensor, scale: Tensor, fmt: str, dtype: torch.dtype) -> Tensor:
-    check_dequantize_tensor(codes, scale, fmt, dtype)
     return codes.new_empty(codes.shape, dtype=dtype)
 
 
+def _transpose_codes_arguments(codes: Tensor) -> tuple[Any, ...]:
+    if codes.dim() != 2 or codes.element_size() != 1:
+        raise ValueError(f"a matrix of one-byte codes is needed, got shape {tuple(codes.shape)} of {codes.dtype}")
+    return (codes,)
+
+
+def _transpose_codes(codes: Tensor) -> Tensor:
+    return _backend(codes, torch.uint8).transpose_codes(codes.contiguous())
+
+
 def _transpose_codes_fake(codes: Tensor) -> Tensor:
-    check_transpose_codes(codes)
     return codes.new_empty((codes.shape[1], codes.shape[0]))
 
 
-_OPS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
-    "quantize_tensor": (_quantize_tensor, _quantize_tensor_fake),
-    "quantize_with_amax": (_quantize_with_amax, _quantize_with_amax_fake),
-    "dequantize_tensor": (_dequantize_tensor, _dequantize_tensor_fake),
-    "transpose_codes": (_transpose_codes, _transpose_codes_fake),
-}
-for _name, (_run, _fake) in _OPS.items():
-    for _key in ("CPU", "CUDA"):
-        LIBRARY.impl(_name, _run, _key)
-    torch.library.register_fake(f"coat_kernels::{_name}", _fake, lib=LIBRARY)
+register("quantize_tensor", _quantize_tensor_arguments, _quantize_tensor, _quantize_tensor_fake)
+register("quantize_with_amax", _quantize_with_amax_arguments, _quantize_with_amax, _quantize_with_amax_fake)
+register("dequantize_tensor", _dequantize_tensor_arguments, _dequantize_tensor, _dequantize_tensor_fake)
+register("transpose_codes", _transpose_codes_arguments, _transpose_codes, _transpose_codes_fake)
 
 
 def quantize_tensor(x: Tensor, fmt: str = "e4m3", group_size: int = 128, *, per_row: bool = False) -> TensorQuantized:

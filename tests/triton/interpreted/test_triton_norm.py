@@ -13,6 +13,7 @@ from coat_kernels.formats.scaled8 import decode, encode
 from coat_kernels.ops import triton_rows
 from coat_kernels.ops.gated_residual import reference as gated_reference
 from coat_kernels.ops.gated_residual import triton as gated
+from coat_kernels.ops.gated_residual.settings import ResidualSettings
 from coat_kernels.ops.norm import reference
 from coat_kernels.ops.norm import triton as kernel
 from coat_kernels.ops.norm_rope import reference as rope_reference
@@ -140,21 +141,21 @@ def test_gated_residual(row: int, group_size: int, segments: int, monkeypatch: p
     for dtype, fmt in ((torch.float32, "auto"), (torch.bfloat16, "int8"), (torch.bfloat16, "none")):
         residual, x = (draw(6, row, seed=i, dtype=dtype) for i in (0, 1))
         gate = draw(segments, row, seed=2)
-        settings: dict[str, Any] = {"fmt": fmt, "group_size": group_size}
-        y, codes, scale = gated.gated_residual(residual, x, gate, **settings, save=True)
-        want = gated_reference.gated_residual(residual, x, gate, **settings, save=True)
+        settings = ResidualSettings(fmt, group_size)
+        y, codes, scale = gated.gated_residual(residual, x, gate, settings, save=True)
+        want = gated_reference.gated_residual(residual, x, gate, settings, save=True)
         assert close(y, want[0]) and torch.equal(codes, want[1]) and torch.equal(scale, want[2])
         for need_gate, need_x in ((True, True), (False, True), (True, False)):
             need = {"need_gate": need_gate, "need_x": need_x}
-            got = gated.gated_residual_backward(residual, codes, scale, gate, **settings, **need)
-            wanted = gated_reference.gated_residual_backward(residual, codes, scale, gate, **settings, **need)
+            got = gated.gated_residual_backward(residual, (codes, scale), gate, settings, **need)
+            wanted = gated_reference.gated_residual_backward(residual, (codes, scale), gate, settings, **need)
             assert all(close(a, b) for a, b in zip(got, wanted, strict=True))
 
 
 def test_what_is_not_finite_stays_where_it_is() -> None:
     x = draw(4, 200)
     x[1, 150], x[2, 3] = math.nan, math.inf
-    _, codes, scale = gated.gated_residual(x, x, torch.ones(1, 200), fmt="e4m3", group_size=64, save=True)
+    _, codes, scale = gated.gated_residual(x, x, torch.ones(1, 200), ResidualSettings("e4m3", 64), save=True)
     bad = decode(codes, scale, "e4m3", 64).isnan()
     assert bad.sum() == 2 and bad[1, 150] and bad[2, 3]
     settings: dict[str, Any] = {
