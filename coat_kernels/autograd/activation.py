@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ..formats.scaled8 import check_format, check_group
 from ..ops import activation as _registers_the_ops  # noqa: F401
 from . import saved, shared
+from .first_order import first_order
 
 _OPS: Any = torch.ops.coat_kernels
 _GELU = {"none": "gelu", "tanh": "gelu_tanh"}
@@ -39,7 +39,7 @@ class _Activation(torch.autograd.Function):
         return y, y_amax, codes, scale
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, dy: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
         dx = None if dy is None else _OPS.activation_backward(dy, *ctx.saved_tensors, *ctx.options)
         return dx, None, None, None, None
@@ -55,7 +55,7 @@ class _Gated(torch.autograd.Function):
         return y, y_amax, *codes
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, dy: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
         if dy is None:
             return None, None, None, None, None, None
@@ -77,7 +77,7 @@ class _GatedPacked(torch.autograd.Function):
         return y, y_amax, *codes
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, dy: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
         if dy is None:
             return None, None, None, None, None, None

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as torch_checkpoint
 
-from .saved import MIN_NUMEL, PACKABLE, Packed
+from .saved import MIN_NUMEL, MIN_ROW, PACKABLE, Packed
 
 
 class _Boundary:
@@ -33,10 +33,10 @@ class _Boundary:
 class MemoryEfficientCheckpoint:
     """Recompute a module in the backward pass from inputs kept in 8 bits.
 
-    The forward pass runs once on the real inputs. Of it, only the large floating inputs are kept, one byte an element and a scale for
-    each group. The backward pass runs the function again on their decoded values, with the random numbers and the autocast state of the
-    first run (`torch.utils.checkpoint`, non-reentrant), and so gives every input and parameter its gradient, exact but for the 8-bit error
-    of the recomputed operands.
+    The forward pass runs once on the real inputs. Of it, only the inputs are kept: large ones that need a gradient in one byte an
+    element and a scale for each group, the others (masks, positions, conditioning) as they are. The backward pass runs the function
+    again, with the random numbers and the autocast state of the first run (`torch.utils.checkpoint`, non-reentrant), and so gives every
+    input and parameter its gradient, exact but for the 8-bit error of the recomputed operands.
 
     Args:
         function: a module or function.
@@ -60,7 +60,7 @@ class MemoryEfficientCheckpoint:
         Args:
             function: called twice; it must not change its inputs in place.
             args, kwargs: tensors among them may require gradients; tensors inside of other containers are kept as they are.
-            use_fp8: keep large floating inputs in 8 bits; False keeps them as they are, as `torch.utils.checkpoint` does.
+            use_fp8: keep large inputs that need a gradient in 8 bits; False keeps them as they are, as `torch.utils.checkpoint` does.
             fmt, group_size: of the 8 bits.
         """
         if not use_fp8:
@@ -69,8 +69,11 @@ class MemoryEfficientCheckpoint:
             return function(*args, **kwargs)
 
         def hold(value: Any) -> Any:
-            large = isinstance(value, Tensor) and value.dtype in PACKABLE and value.numel() >= MIN_NUMEL
-            return _Boundary(value, fmt, group_size) if large and not isinstance(value, nn.Parameter) else value
+            # what needs no gradient (masks, rotary tables, positions) is often shared between blocks, and must be exact
+            if not isinstance(value, Tensor) or isinstance(value, nn.Parameter) or not value.requires_grad:
+                return value
+            large = value.dtype in PACKABLE and value.numel() >= MIN_NUMEL and value.shape[-1] >= MIN_ROW
+            return _Boundary(value, fmt, group_size) if large else value
 
         held_args, held_kwargs = [hold(value) for value in args], {name: hold(value) for name, value in kwargs.items()}
 

@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ..ops.row_values import by_segment
+from .first_order import first_order
 
 
 class _GatedResidual(torch.autograd.Function):
@@ -22,7 +22,7 @@ class _GatedResidual(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         codes, scale, gate = ctx.saved_tensors
         fmt, group_size = ctx.settings

@@ -17,12 +17,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ..ops import fp8_gemm
 from ..ops import tensor_quant as _registers_the_ops  # noqa: F401
 from ..ops.fp8_gemm import fp8_matmul
 from . import saved
+from .first_order import first_order
 from .shared import Codes, quantize, rows_of, shared_codes
 
 #: With fewer rows (modulation, conditioning) a product costs less than the quantization of its weight.
@@ -167,7 +167,7 @@ class _Linear(torch.autograd.Function):
         return F.linear(x, _cast(weight, dtype), None if bias is None else _cast(bias, dtype))
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
         weight, *kept = ctx.saved_tensors
         need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
@@ -216,7 +216,7 @@ class _StoredLinear(torch.autograd.Function):
         return F.linear(x, decode((codes, scale), x.dtype), None if bias is None else bias.to(x.dtype))
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
         codes, scale = ctx.saved_tensors
         rows = dy.reshape(-1, dy.shape[-1])

@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ..ops.row_values import by_segment
 from . import saved, shared
+from .first_order import first_order
 
 
 class _Norm(torch.autograd.Function):
@@ -38,7 +38,7 @@ class _Norm(torch.autograd.Function):
         return y, codes, scale, y_amax
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         dy = grads[0]
         none = (None,) * 6

@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ..ops.norm_rope import check_norm_rope_weight
 from . import saved
+from .first_order import first_order
 
 __all__ = ["check_norm_rope_weight", "norm_rope"]
 
@@ -35,7 +35,7 @@ class _NormRope(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         y, rstd, weight, first_weight, cos, sin = ctx.saved_tensors
         need_x, need_weight, need_first = ctx.needs_input_grad[:3]

@@ -20,13 +20,18 @@ _REPLAYED = {
     *(getattr(Tensor, name) for name in ("mul", "add", "sub", "to", "float", "bfloat16", "half", "type_as", "clone")),
     *(getattr(Tensor, name) for name in ("contiguous", "reshape", "flatten", "__rmul__", "__radd__")),
 }
+#: Nodes of a graph that is searched for parameters.
+_MOST_NODES = 16
+#: Kinds of storages that somebody keeps whatever else is saved.
+HELD = ("attention", "kept")
 #: A plain operand of a replayed function is held as it is if it is this much smaller than the result.
 _SMALL = 8
 
 
 def is_plain(tensor: Tensor) -> bool:
-    """Whether a tensor is no subclass's (DTensor and the like keep their values elsewhere) and has a storage of its own."""
-    return type(tensor) in (Tensor, torch.nn.Parameter) and tensor.layout == torch.strided
+    """Whether a tensor has a storage of its own: subclasses (DTensor and the like) and `torch.func`'s wrappers keep values elsewhere."""
+    plain = type(tensor) in (Tensor, torch.nn.Parameter) and tensor.layout == torch.strided
+    return plain and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
 
 
 class Watch(TorchFunctionMode):
@@ -60,10 +65,7 @@ class Watch(TorchFunctionMode):
     def _adopt(self, operand: Tensor) -> None:
         """Mark what no torch function returned: the output of an `autograd.Function`, or a tensor from before the context."""
         node = operand.grad_fn
-        if node is None or not is_plain(operand) or self.context.known(operand) is not None:
-            return
-        # the node of a leaf has a variable; what has no other parents may well be made of parameters alone
-        if any(parent is not None and not hasattr(parent, "variable") for parent, _ in node.next_functions):
+        if node is not None and is_plain(operand) and self.context.known(operand) is None and not _made_of_parameters(node):
             self.context.mark(operand, "activation")
 
     def _cast_as_autocast_does(self, x: Tensor) -> Tensor:
@@ -81,6 +83,9 @@ class Watch(TorchFunctionMode):
         if not out.requires_grad or not is_plain(out) or self.context.known(out) is not None:
             return
         operands = [operand for operand in _flat((args, kwargs)) if isinstance(operand, Tensor)]
+        if any(self._is_parameter(operand) and _share_storage(operand, out) for operand in operands):
+            self.context.mark(out, "parameter")  # `weight.type_as(x)` of the same dtype, and views
+            return
         if all(self._is_parameter(operand) for operand in operands):
             self.context.mark(out, "parameter")
             return
@@ -100,12 +105,17 @@ class Watch(TorchFunctionMode):
             return None
         for operand in operands:
             found = context.known(operand)
-            held_anyway = found is not None and found.kind == "attention"
+            held_anyway = found is not None and found.kind in HELD
             if not (held_anyway or context.rebuilds(operand) or operand.numel() * _SMALL <= out.numel()):
                 return None
 
         def pack(value: Any) -> Any:
-            return context.pack(value) if isinstance(value, Tensor) else value
+            if not isinstance(value, Tensor):
+                return value
+            if value.is_leaf and not isinstance(value, torch.nn.Parameter):  # a buffer, small: its owner may write to it
+                again = value.detach().clone()
+                return lambda: again
+            return context.pack(value)
 
         held = _map(pack, (args, kwargs))
 
@@ -115,6 +125,26 @@ class Watch(TorchFunctionMode):
             return again.contiguous()
 
         return replay
+
+
+def _share_storage(a: Tensor, b: Tensor) -> bool:
+    return is_plain(a) and a.untyped_storage()._cdata == b.untyped_storage()._cdata
+
+
+def _made_of_parameters(node: Any) -> bool:
+    """Whether all that flows into an autograd node are parameters; a graph of many nodes is taken for a model."""
+    seen, pending = {node}, [node]
+    while pending:
+        node = pending.pop()
+        # the nodes of leaves have a variable
+        if hasattr(node, "variable") and not isinstance(node.variable, torch.nn.Parameter):
+            return False
+        new = {parent for parent, _ in node.next_functions if parent is not None} - seen
+        seen |= new
+        if len(seen) > _MOST_NODES:
+            return False
+        pending += new
+    return True
 
 
 def _flat(value: Any) -> list[Any]:
@@ -127,7 +157,8 @@ def _flat(value: Any) -> list[Any]:
 
 def _map(convert: Callable[[Any], Any], value: Any) -> Any:
     if isinstance(value, tuple | list):
-        return type(value)(_map(convert, each) for each in value)
+        mapped = [_map(convert, each) for each in value]
+        return mapped if isinstance(value, list) else tuple(mapped)
     if isinstance(value, dict):
         return {key: _map(convert, each) for key, each in value.items()}
     return convert(value)

@@ -28,7 +28,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from ..config import COATConfig
 from ..ops.activation_quant import ActivationQuantized, dequantize_activation, quantize_activation
-from .replay import Watch, is_plain
+from .replay import HELD, Watch, is_plain
 
 #: Rows shorter than this are statistics and the outputs of LoRA's A: little to gain, much to lose.
 MIN_ROW = 64
@@ -36,6 +36,9 @@ MIN_ROW = 64
 MIN_NUMEL = 4096
 #: A view of so small a part of its storage is kept: packing the whole would cost more than the part.
 MAX_EXCESS = 4
+
+#: Marks after which storages that are gone are forgotten.
+PRUNE_EVERY = 64
 
 PACKABLE = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -95,7 +98,8 @@ class Storage:
     Args:
         alive: while it holds, no other storage takes the address the storage is known by.
         version: of the values that `rebuild` and `packed` stand for.
-        kind: "activation", "attention" (what it reads or returns) or "parameter" (made of parameters alone).
+        kind: "activation", "attention" (what it reads or returns), "parameter" (made of parameters alone), or "kept" (an operation
+            keeps the whole storage for itself).
         rebuild: returns the values, contiguous, in the storage's order.
         packed: the values in 8 bits, once somebody saved them.
     """
@@ -162,7 +166,7 @@ class compress_saved_activations:  # a context manager, named as torch names its
         self.unregistered = unregistered
         self.tally = Tally()
         self._storages: dict[int, Storage] = {}
-        self._prune_at = 1024
+        self._marks = 0
         self._attention_shapes: list[torch.Size] = []
         self._hooks: saved_tensors_hooks | None = None
         self._watch = Watch(self)
@@ -199,9 +203,9 @@ class compress_saved_activations:  # a context manager, named as torch names its
         """Note what a tensor's storage is."""
         found = self.known(tensor)
         if found is None:
-            if len(self._storages) >= self._prune_at:
+            self._marks += 1
+            if self._marks % PRUNE_EVERY == 0:  # entries of tensors that are gone would hold their codes
                 self._storages = {key: s for key, s in self._storages.items() if not s.alive.expired()}
-                self._prune_at = max(1024, 2 * len(self._storages))
             storage = tensor.untyped_storage()
             found = self._storages[storage._cdata] = Storage(StorageWeakRef(storage), kind)
         found.kind = kind
@@ -250,6 +254,8 @@ class compress_saved_activations:  # a context manager, named as torch names its
             return View.of(tensor, found.rebuild)
         if found is None and self._attention_shapes and tensor.shape == self._attention_shapes[-1]:
             found = self.mark(tensor, "attention")
+        if found is None and tensor.grad_fn is not None and tensor.numel() >= MIN_NUMEL:
+            found = self.mark(tensor, "kept")  # by who saves it, whole; packing it for its readers would only add to that
         fmt = self._format(found)
         row = _row(tensor)
         if found is None or fmt is None or row < MIN_ROW or not MIN_NUMEL <= storage_numel(tensor) <= MAX_EXCESS * tensor.numel():
@@ -333,12 +339,12 @@ def announce(tensor: Tensor) -> Tensor:
 
 
 def can_rebuild(tensor: Tensor) -> bool:
-    """Whether saving this tensor costs nothing: its values can be rebuilt, or attention keeps its storage anyway."""
+    """Whether saving this tensor costs nothing: its values can be rebuilt, or its storage is kept anyway."""
     context = _current()
     if context is None:
         return False
     found = context.known(tensor)
-    return context.rebuilds(tensor) or (found is not None and found.kind == "attention")
+    return context.rebuilds(tensor) or (found is not None and found.kind in HELD)
 
 
 def attention_operand(shape: torch.Size) -> AbstractContextManager[None]:

@@ -34,7 +34,7 @@ def offer_amax(y: Tensor, group_amax: Tensor) -> None:
         y: [..., D].
         group_amax: float32 [..., groups], the largest finite magnitude of each group; empty: nothing to offer.
     """
-    if group_amax.numel() and not y.is_inference():
+    if group_amax.numel() and y.grad_fn is not None:
         _AMAX[y] = y._version, group_amax
 
 
@@ -45,8 +45,11 @@ def quantize(x: Tensor, fmt: str, per_row: bool) -> Codes:
 
 
 def shared_codes(x: Tensor, per_row: bool) -> Codes:
-    """x as e4m3 codes [M, K], quantized once however many layers read this tensor object."""
-    if torch.compiler.is_compiling() or x.is_inference():
+    """x as e4m3 codes [M, K], quantized once however many layers read this tensor object, if it is an activation.
+
+    A leaf may be a buffer that its owner refills unnoticed (`.data`, numpy) and keeps for long: its codes are not kept.
+    """
+    if torch.compiler.is_compiling() or x.grad_fn is None:
         return rows_of(quantize(x.detach(), "e4m3", per_row), x)
     known: dict[bool, tuple[int, Codes]] = _CODES.setdefault(x, {})
     version, codes = known.get(per_row, (-1, None))

@@ -63,3 +63,13 @@ def test_entries_go_with_the_tensor(monkeypatch, x):
     del y
     gc.collect()
     assert (len(shared._AMAX), len(shared._CODES)) == before
+
+
+def test_a_users_buffer_is_encoded_anew(x):
+    """It may be refilled without a trace, and it lives long."""
+    buffer = x.detach().clone()
+    first, _ = shared.shared_codes(buffer, False)
+    buffer.data.copy_(x.detach() * -1)
+    second, _ = shared.shared_codes(buffer, False)
+    assert not torch.equal(first, second)
+    assert buffer not in shared._CODES
