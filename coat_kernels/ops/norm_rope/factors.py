@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
@@ -28,8 +28,8 @@ class HeadFactors:
 
     def each(self, change: Callable[[Tensor | None], Any]) -> HeadFactors:
         """With `change` applied to every tensor."""
-        changed = {name: change(getattr(self, name)) for name in ("weight", "first_weight", "cos", "sin")}
-        return replace(self, **changed)
+        tables = change(self.cos), change(self.sin)
+        return HeadFactors(change(self.weight), change(self.first_weight), self.first_tokens, *tables, self.interleaved)
 
     @property
     def table_tokens(self) -> int:
