@@ -103,7 +103,9 @@ class COATConfig:
         activation_format: of norms and activation functions: "e4m3", "e5m2", "int8", or "auto" (per group the better of e4m3 and int8).
         attention_format: None keeps what attention saves in the model's dtype; a format of `activation_format` stores it in 8 bits.
         attention_group_size: of `attention_format`.
-        frozen_weight_format: "e4m3" stores the weights of frozen linear layers in FP8; None leaves them.
+        frozen_weight_format: "e4m3" stores the weights of frozen linear layers in FP8; None leaves them. Codes and scale are plain
+            attributes: `module.to` moves them, but FSDP2 leaves them whole on every rank, and offloading that walks `parameters()` leaves
+            them where they are.
         frozen_weight_granularity: their scale: "per_tensor" or "per_channel" (output channel).
 
         use_fp8_products: linear layers multiply in FP8 on GPUs that can (compute capability 8.9 and later): faster, and every product

@@ -121,6 +121,10 @@ class NormRopeProcessor:
 
     Text and image tokens are concatenated before the norms, not after: the function takes a second weight for the text. While a norm's
     weight is trained the original processor runs, since the function's backward pass divides by the weight.
+
+    Weights too near to zero to divide by are looked for at conversion and whenever a state dictionary is loaded. One that is zeroed in
+    place later keeps this processor, whose backward pass takes the element's normalized input as 0: a look at each step would make the
+    host wait for the device.
     """
 
     def __init__(self, original: Any) -> None:

@@ -25,9 +25,9 @@ class Unconvertible(Exception):
 
 
 class _Swapped:
-    """Base of classes made by `_swapped_class`, which pickle cannot find by name: it makes them again from their two parts."""
+    """Base of classes made by `_swapped_class`, which pickle cannot find by name: it makes them again from their parts."""
 
-    _coat_parts: tuple[type, type]
+    _coat_parts: tuple[type, ...]  # what was put in front, the last first, and the class that it was put in front of
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         reduced: Any = super().__reduce_ex__(protocol)
@@ -35,13 +35,25 @@ class _Swapped:
 
 
 @cache
-def _swapped_class(forward: type, original: type) -> type:
-    return type(original.__name__, (_Swapped, forward, original), {"_coat_parts": (forward, original), "__module__": original.__module__})
+def _swapped_class(forward: Any, original: Any) -> Any:
+    """A class of original's name that is `forward` first and `original` in all else."""
+    swapped = issubclass(original, _Swapped)
+    bases = (forward, original) if swapped else (_Swapped, forward, original)
+    parts = (forward, *(original._coat_parts if swapped else (original,)))
+    return type(original.__name__, bases, {"_coat_parts": parts, "__module__": original.__module__})
 
 
-def _new(forward: type, original: type) -> Any:
-    made: Any = _swapped_class(forward, original)
+def _new(*parts: Any) -> Any:
+    *forwards, made = parts
+    for forward in reversed(forwards):
+        made = _swapped_class(forward, made)
     return made.__new__(made)
+
+
+def put_in_front(module: nn.Module, forward: Any) -> None:
+    """Let a module's methods be looked for in `forward` first."""
+    original: Any = type(module)
+    module.__class__ = _swapped_class(forward, original)
 
 
 def swap(module: nn.Module, forward: type[Saving8Bit], config: COATConfig) -> None:
@@ -49,9 +61,10 @@ def swap(module: nn.Module, forward: type[Saving8Bit], config: COATConfig) -> No
 
     A class of this package that is a subclass of the module's class replaces it whole.
     """
-    original: Any = type(module)
-    made: Any = forward if issubclass(forward, original) else _swapped_class(forward, original)  # type: ignore[arg-type]
-    module.__class__ = made
+    if issubclass(forward, type(module)):
+        module.__class__ = forward
+    else:
+        put_in_front(module, forward)
     module.coat_config = config  # type: ignore[assignment]
 
 

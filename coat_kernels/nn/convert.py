@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -16,7 +15,7 @@ from .._native import CoatWarning
 from ..autograd.saved import compress_saved_activations
 from ..config import COATConfig
 from . import _diffusers, _transformers
-from ._swap import Unconvertible, is_converted
+from ._swap import Unconvertible, is_converted, put_in_front
 from .activation import convert_gelu, convert_silu
 from .linear import FP8Linear
 from .norm import RMS_NORMS, convert_layer_norm, convert_rms_norm, path_of
@@ -63,6 +62,8 @@ def _walk(model: nn.Module) -> Iterator[tuple[str, nn.Module, str | None]]:
             continue
         seen.add(id(module))
         yield name, module, None if reason == _CONDITIONING and isinstance(module, nn.Linear) else reason
+        if isinstance(module, _Root) and module is not model:
+            continue  # its own conversion has decided about all in it
         path = path_of(type(module))
         children = []
         for child_name, child in module.named_children():
@@ -81,16 +82,19 @@ def _convert_modules(model: nn.Module, config: COATConfig, filter_fn: Filter | N
     replaced: set[int] = set()  # children that their converted parents no longer need in 8 bits
     walk = list(_walk(model))
     # a weight that two modules hold (an embedding and the head) would be stored beside itself
-    holders = Counter(id(module._parameters.get("weight")) for _, module, _ in walk)
+    holders = Counter(id(module._parameters.get("weight")) for module in model.modules())
     tied = {weight for weight, count in holders.items() if count > 1}
     for name, module, reason in walk:
         rule, kind = rules.get(path_of(type(module))), type(module).__name__
+        if is_converted(module):  # by an earlier call
+            replaced |= _unused_children(module, rule)
+            continue
         if id(module) in replaced:
             left.append(ReportRow(name, kind, _REPLACED))
             continue
         if rule is None or reason is not None:
-            expected = rules is _ALL and isinstance(module, _EXPECTED)
-            if (expected or isinstance(module, nn.Linear)) and not is_converted(module) and not isinstance(module, FP8Linear):
+            expected = rules is _ALL and (isinstance(module, _EXPECTED) or _is_norm(module))
+            if (expected or isinstance(module, nn.Linear)) and not isinstance(module, FP8Linear):
                 left.append(ReportRow(name, kind, reason or _why_unknown(module)))
             continue
         if "forward" in module.__dict__:
@@ -99,20 +103,29 @@ def _convert_modules(model: nn.Module, config: COATConfig, filter_fn: Filter | N
         if filter_fn is not None and not filter_fn(module, name):
             left.append(ReportRow(name, kind, "filter_fn"))
             continue
-        convert, children = rule
         given = replace(config, frozen_weight_format=None) if id(module._parameters.get("weight")) in tied else config
         try:
-            converted.append(ReportRow(name, kind, convert(module, given)))
+            converted.append(ReportRow(name, kind, rule[0](module, given)))
         except Unconvertible as why:
             left.append(ReportRow(name, kind, str(why)))
             continue
-        replaced |= {id(getattr(module, child, None)) for child in children}
+        replaced |= _unused_children(module, rule)
     return ConversionReport(tuple(converted), tuple(left))
+
+
+def _unused_children(module: nn.Module, rule: tuple[Convert, tuple[str, ...]] | None) -> set[int]:
+    return set() if rule is None else {id(getattr(module, child, None)) for child in rule[1]}
+
+
+def _is_norm(module: nn.Module) -> bool:
+    return type(module).__name__.endswith("Norm") and not any(True for _ in module.children())
 
 
 def _why_unknown(module: nn.Module) -> str:
     if isinstance(module, nn.GroupNorm):
         return "GroupNorm: no 8-bit form; compress_saved_activations packs what it saves"
+    if not isinstance(module, _EXPECTED):
+        return f"no 8-bit form of this class is known ({path_of(type(module))})"
     return f"a subclass with a forward pass of its own ({path_of(type(module))})"
 
 
@@ -127,13 +140,22 @@ def _checked(model: Any, config: Any) -> COATConfig:
 
 
 def _note(model: nn.Module, report: ConversionReport, filter_fn: Filter | None) -> None:
-    if not report.converted:
+    before = _report_before(model)
+    if not report.converted and before is None:
         if filter_fn is not None and any(row.outcome == "filter_fn" for row in report.left):
             names = ", ".join(row.name for row in report.left[:3])
             raise ValueError(f"filter_fn(module, name) accepted none of {len(report.left)} modules ({names}, ...)")
         raise ValueError(f"nothing in this model could be converted:\n{report}")
-    before: ConversionReport = model.__dict__.get("coat_report", ConversionReport())
-    model.__dict__["coat_report"] = before + report
+    model.__dict__["coat_report"] = report if before is None else before + report
+
+
+def _report_before(model: nn.Module) -> ConversionReport | None:
+    """What earlier conversions of this model and of parts of it did; None: there were none."""
+    own: ConversionReport | None = model.__dict__.get("coat_report")
+    if own is not None:
+        return own
+    reports = [(name, module.__dict__["coat_report"]) for name, module in model.named_modules() if "coat_report" in module.__dict__]
+    return sum((report.inside(name) for name, report in reports), ConversionReport()) if reports else None
 
 
 def replace_linear_with_fp8(model: nn.Module, config: COATConfig | None = None, filter_fn: Filter | None = None) -> nn.Module:
@@ -165,9 +187,12 @@ def convert_to_coat(model: nn.Module, config: COATConfig | None = None, filter_f
 
     Modules get the class of their 8-bit form and keep identity, names, parameters, state dictionary and hooks. Known are torch's
     modules, diffusers' (FLUX, SD3, SDXL) and transformers' (Llama and its kin); the rest of the model runs inside
-    `compress_saved_activations`, which two hooks on the model enter and leave around its forward pass. LoRA may be put on before or
-    after; older PEFT releases call `model.forward`, past all hooks: with those convert what `get_peft_model` returns. Load weights and
-    move the model before you convert it or after, as you like; wrap it in FSDP after.
+    `compress_saved_activations`, which calling the model enters and leaves. LoRA may be put on before or after; older PEFT releases
+    call `model.forward`, past that: with those convert what `get_peft_model` returns. Load weights and move the model before you
+    convert it or after, as you like; wrap it in FSDP after.
+
+    Parts that were converted before keep their own conversion; converting a model whose layers all went through
+    `replace_linear_with_fp8` adds the context.
 
     Args:
         model: converted in place.
@@ -184,51 +209,44 @@ def convert_to_coat(model: nn.Module, config: COATConfig | None = None, filter_f
     config = _checked(model, config)
     if not config.use_fp8_activation:
         return model
-    if any(isinstance(hook, _Enter) for module in model.modules() for hook in module._forward_pre_hooks.values()):
+    inside = [name for name, module in model.named_modules() if isinstance(module, _Root)]
+    if "" in inside:
         warnings.warn("this model is converted already: nothing was changed", CoatWarning, stacklevel=2)
         return model
-    _note(model, _convert_modules(model, config, filter_fn, _ALL), filter_fn)
-    enter = _Enter(config)
-    model.register_forward_pre_hook(enter)
-    model.register_forward_hook(_Leave(enter), always_call=True)
+    report = _convert_modules(model, config, filter_fn, _ALL)
+    if not report.converted and inside:
+        warnings.warn(f"this model is converted already ({', '.join(inside)}): nothing was changed", CoatWarning, stacklevel=2)
+        return model
+    if not report.converted and _report_before(model) is None and _holds_converted(model):
+        warnings.warn(
+            f"all of this {type(model).__name__} that has an 8-bit form was converted before, with a larger model: nothing was changed",
+            CoatWarning,
+            stacklevel=2,
+        )
+        return model
+    _note(model, report, filter_fn)
+    if inside:
+        warnings.warn(f"{', '.join(inside)} was converted before and stays as it is; the rest was converted", CoatWarning, stacklevel=2)
+    put_in_front(model, _Root)
+    model.coat_context = config  # type: ignore[assignment]
     return model
 
 
-class _Enter:
-    """Forward pre-hook: what autograd saves from here on is compressed. Compiled forward passes leave that to the compiler."""
-
-    def __init__(self, config: COATConfig) -> None:
-        self.config = config
-        self.threads = threading.local()
-
-    def __call__(self, module: nn.Module, args: Any) -> None:
-        if torch.compiler.is_compiling():
-            return
-        context = compress_saved_activations(self.config) if torch.is_grad_enabled() else None
-        if context is not None:
-            context.__enter__()
-        self.open.append(context)
-
-    @property
-    def open(self) -> list[compress_saved_activations | None]:
-        """The contexts of this thread's unfinished forward passes, the innermost last."""
-        if not hasattr(self.threads, "open"):
-            self.threads.open = []
-        return self.threads.open
-
-    def __reduce__(self) -> Any:
-        return _Enter, (self.config,)
+def _holds_converted(model: nn.Module) -> bool:
+    return any(is_converted(module) or isinstance(module, FP8Linear) for module in model.modules())
 
 
-class _Leave:
-    """Forward hook: called after a forward pass that failed, too."""
+class _Root(nn.Module):
+    """A converted model: what autograd saves while it is called is compressed.
 
-    def __init__(self, enter: _Enter) -> None:
-        self.enter = enter
+    Not hooks: torch skips those that clean up after a KeyboardInterrupt, and the context would stay on for the thread. Compiled
+    forward passes leave compression to the compiler.
+    """
 
-    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
-        if torch.compiler.is_compiling() or not self.enter.open:
-            return
-        context = self.enter.open.pop()
-        if context is not None:
-            context.__exit__(None, None, None)
+    coat_context: COATConfig
+
+    def _call_impl(self, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+            return super()._call_impl(*args, **kwargs)
+        with compress_saved_activations(self.coat_context):
+            return super()._call_impl(*args, **kwargs)

@@ -90,19 +90,42 @@ class FP8Linear(nn.Linear):
         return f"{super().extra_repr()}, fp8={self.coat_config.activation_linear_granularity}"
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
-        scale = state_dict.pop(prefix + "weight_scale", None)
-        if scale is not None and prefix + "weight" in state_dict:  # of a layer whose weight was stored in FP8
-            codes = state_dict[prefix + "weight"].view(torch.uint8)
-            state_dict[prefix + "weight"] = fp8.decode((codes, scale.float()), self.weight.dtype)
+        weight, scale = state_dict.get(prefix + "weight"), state_dict.pop(prefix + "weight_scale", None)
+        if scale is not None and weight is not None:  # of a layer whose weight was stored in FP8
+            wrong = _unfit(weight, scale, self.weight.shape, prefix)
+            if wrong is not None:
+                args[-1].append(wrong)
+            state_dict[prefix + "weight"] = self.weight if wrong else fp8.decode(_codes(weight, scale), self.weight.dtype)
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def _codes(weight: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    return weight.detach().view(torch.uint8), scale.detach().float()
+
+
+def _unfit(weight: Tensor, scale: Tensor, shape: torch.Size, prefix: str) -> str | None:
+    """Why a dictionary's weight and weight_scale are not codes of a weight of this shape, if they are not."""
+    if weight.shape != shape:
+        return f"size mismatch for {prefix}weight: the dictionary has {tuple(weight.shape)}, the layer {tuple(shape)}"
+    if weight.dtype not in (torch.float8_e4m3fn, torch.uint8):
+        return (
+            f"{prefix}weight is {weight.dtype} beside a {prefix}weight_scale: codes in float8_e4m3fn are needed. An adapter is merged into "
+            "values, not into codes: layer.weight.data = layer.weight.data + delta; or leave weight_scale out if these are values"
+        )
+    if scale.shape not in ((), (1,), (shape[0], 1)):
+        return f"size mismatch for {prefix}weight_scale: the dictionary has {tuple(scale.shape)}, needed is () or ({shape[0]}, 1)"
+    return None
 
 
 class _StoredLinear(FP8Linear):
     """An `FP8Linear` whose frozen weight is codes and a scale.
 
     Both are plain attributes: DDP would broadcast buffers in every forward pass, and casts of a module would reach the scale. In a state
-    dictionary they are `weight` (float8_e4m3fn) and `weight_scale` (float32); dictionaries with a plain weight load, too. Writing to
-    `weight` makes the layer one with a plain weight again.
+    dictionary they are `weight` (float8_e4m3fn) and `weight_scale` (float32); dictionaries with a plain weight and no scale load, too.
+    Assigning to `weight` makes the layer one with a plain weight again.
+
+    Adapters are merged into `weight.data`, not into the dictionary: values beside a scale are refused, but codes that were cast to
+    float, added to and cast back to float8_e4m3fn look like any others and load as the wrong weight.
     """
 
     weight_codes: Tensor  # uint8 [out_features, in_features]
@@ -115,9 +138,14 @@ class _StoredLinear(FP8Linear):
         self.weight_codes, self.weight_scale = quantize(values, "e4m3", per_channel)
 
     def _take_codes(self, codes: Tensor, scale: Tensor) -> None:
-        device = self.weight_codes.device
-        self.weight_codes = codes.detach().view(torch.uint8).to(device, copy=True)
-        self.weight_scale = scale.detach().to(device, torch.float32, copy=True)
+        codes, scale = _codes(codes, scale)
+        device = self._device_for(codes)
+        self.weight_codes = codes.to(device, copy=True)
+        self.weight_scale = scale.to(device, copy=True).reshape(() if scale.numel() == 1 else scale.shape)
+
+    def _device_for(self, incoming: Tensor) -> torch.device:
+        """Of loaded values: the layer's, unless that is "meta", where there is nothing to load into."""
+        return incoming.device if self.weight_codes.is_meta else self.weight_codes.device
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
@@ -140,6 +168,7 @@ class _StoredLinear(FP8Linear):
             CoatWarning,
             stacklevel=4,
         )
+        weight = weight.plain() if isinstance(weight, _Decoded) else weight
         for name in ("weight_codes", "weight_scale", "weight_dtype"):
             del self.__dict__[name]
         self.__class__ = FP8Linear  # type: ignore[assignment]
@@ -157,10 +186,12 @@ class _StoredLinear(FP8Linear):
         return f"{super().extra_repr()}, weight=e4m3 {self.coat_config.frozen_weight_granularity}"
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _StoredLinear:
+        def moved(tensor: Tensor) -> Tensor:
+            new = fn(tensor)
+            return new if new.dtype == tensor.dtype else tensor.to(new.device)  # casts reach neither
+
         super()._apply(fn, recurse)
-        codes = fn(self.weight_codes)
-        self.weight_codes = codes if codes.dtype == torch.uint8 else self.weight_codes.to(codes.device)
-        self.weight_scale = self.weight_scale.to(codes.device)
+        self.weight_codes, self.weight_scale = moved(self.weight_codes), moved(self.weight_scale)
         self.weight_dtype = fn(torch.empty(0, dtype=self.weight_dtype)).dtype
         return self
 
@@ -184,18 +215,77 @@ class _StoredLinear(FP8Linear):
         shape = self.weight_codes.shape
         if weight is None:
             missing_keys.append(prefix + "weight")
+        elif scale is not None:
+            wrong = _unfit(weight, scale, shape, prefix)
+            if wrong is None:
+                self._take_codes(weight, scale)
+            else:
+                error_msgs.append(wrong)
         elif weight.shape != shape:
             error_msgs.append(f"size mismatch for {prefix}weight: the dictionary has {tuple(weight.shape)}, the layer {tuple(shape)}")
-        elif scale is not None:
-            self._take_codes(weight, scale)
+        elif not weight.is_floating_point():
+            error_msgs.append(f"{prefix}weight is {weight.dtype} without a {prefix}weight_scale: codes need their scale, values are floats")
         else:
-            self._take_weight(weight.detach().to(self.weight_codes.device))
+            self._take_weight(weight.detach().to(self._device_for(weight)))
 
 
 _NO_WRITING = (
     "would change a weight that is stored in FP8; assign a new one (layer.weight.data = tensor), which the layer then keeps in the "
-    "tensor's dtype"
+    "tensor's dtype, or change a copy (layer.weight.clone())"
 )
+
+
+class _Decoded(Tensor):
+    """A stored weight's values, decoded: operations that would write to them, or to a view of them, raise, since the codes would stay.
+
+    `weight.data += delta` assigns: Python adds out of place and hands the sum to the setter of `data`.
+    """
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+        kwargs = kwargs or {}
+        name: str = func.__name__
+        with torch._C.DisableTorchFunctionSubclass():
+            first = args[0] if args else next(iter(kwargs.values()), None)
+            in_place = name == "__setitem__" or (name.endswith("_") and not name.endswith("__") and name not in _HARMLESS)
+            written = [first if in_place else None, kwargs.get("out"), first if kwargs.get("inplace") else None]
+            if any(isinstance(leaf, cls) for leaf in torch.utils._pytree.tree_leaves(written)):
+                raise RuntimeError(f"{name} {_NO_WRITING}")
+            out = func(*args, **kwargs)
+            storages = {leaf.untyped_storage()._cdata for leaf in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(leaf, cls)}
+
+        def guarded(value: Any) -> Any:
+            if not isinstance(value, Tensor):
+                return value
+            with torch._C.DisableTorchFunctionSubclass():
+                return value.as_subclass(cls if value.untyped_storage()._cdata in storages else Tensor)
+
+        return type(out)(map(guarded, out)) if type(out) in (list, tuple) else guarded(out)
+
+    def __iadd__(self, other: Any) -> Any:  # type: ignore[misc]
+        return self.clone().__iadd__(other)
+
+    def __isub__(self, other: Any) -> Any:  # type: ignore[misc]
+        return self.clone().__isub__(other)
+
+    def __imul__(self, other: Any) -> Any:  # type: ignore[misc]
+        return self.clone().__imul__(other)
+
+    def __itruediv__(self, other: Any) -> Any:  # type: ignore[misc]
+        return self.clone().__itruediv__(other)
+
+    def __deepcopy__(self, memo: Any) -> Tensor:
+        return self.clone()
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self.plain().__reduce_ex__(protocol)
+
+    def plain(self) -> Tensor:
+        with torch._C.DisableTorchFunctionSubclass():
+            return self.as_subclass(Tensor)
+
+
+_HARMLESS = frozenset({"requires_grad_", "detach_", "share_memory_"})
 
 
 class _StoredWeight(Tensor):
@@ -228,11 +318,15 @@ class _StoredWeight(Tensor):
 
     @property
     def data(self) -> Tensor:
-        return self._layer.decoded_weight()
+        """The decoded values, to read; writing to them raises, assigning to `data` stores a plain weight."""
+        return self._layer.decoded_weight().as_subclass(_Decoded)
 
     @data.setter
     def data(self, value: Tensor) -> None:
         self._layer.weight = value  # type: ignore[misc]
+
+    def detach(self) -> Tensor:
+        return self.data
 
     def __setitem__(self, key: Any, value: Any) -> None:
         raise RuntimeError(f"item assignment {_NO_WRITING}")

@@ -38,6 +38,9 @@ class RMSNormForward(Saving8Bit):
     coat_rms: tuple[str, str, bool] = RMS_NORMS["torch.nn.modules.normalization.RMSNorm"]
 
     def forward(self, x: Tensor) -> Tensor:
+        shape = getattr(self, "normalized_shape", None) if self.weight is None else self.weight.shape
+        if shape is not None:
+            _check_width(self, x, shape[-1])
         attribute, dtype_rule, plus_one = self.coat_rms
         eps = getattr(self, attribute)
         if eps is None:  # as torch: of the dtype that is computed in
@@ -128,6 +131,7 @@ class FP8LayerNorm(Saving8Bit, nn.LayerNorm):
         return module
 
     def forward(self, input: Tensor) -> Tensor:
+        _check_width(self, input, self.normalized_shape[0])
         return layer_norm(input, self.weight, self.bias, self.eps, **self._format)
 
 
@@ -147,12 +151,16 @@ class FP8AdaLayerNorm(Saving8Bit, nn.Module):
 
     def forward(self, x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
         """x [B, ..., dim]; scale and shift [B, dim] or [B, 1, dim], broadcast over tokens. The result has x's shape and dtype."""
-        if x.shape[-1] != self.dim:
-            raise ValueError(f"the last dimension of x must be {self.dim}, got shape {tuple(x.shape)}")
+        _check_width(self, x, self.dim)
         return layer_norm_modulate(x, scale, shift, self.eps, **self._format)
 
     def extra_repr(self) -> str:
         return f"{self.dim}, eps={self.eps}"
+
+
+def _check_width(module: nn.Module | Saving8Bit, x: Tensor, width: int) -> None:
+    if x.shape[-1:] != (width,):
+        raise ValueError(f"{type(module).__name__} normalizes a last dimension of {width}, got x of shape {tuple(x.shape)}")
 
 
 def _check_one_dimension(shape: Any) -> None:

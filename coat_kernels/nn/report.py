@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import nn
 
@@ -41,6 +41,14 @@ class ConversionReport:
         left = tuple(row for row in self.left if row.name not in again)
         known = {row.name for row in (*self.converted, *left)}
         return ConversionReport(self.converted + other.converted, left + tuple(row for row in other.left if row.name not in known))
+
+    def inside(self, name: str) -> ConversionReport:
+        """The same report of a part of a model, under the names that the model knows."""
+
+        def named(rows: tuple[ReportRow, ...]) -> tuple[ReportRow, ...]:
+            return tuple(replace(row, name=f"{name}.{row.name}".rstrip(".")) for row in rows)
+
+        return ConversionReport(named(self.converted), named(self.left))
 
     def __str__(self) -> str:
         lines = [f"converted {len(self.converted)} modules, left {len(self.left)}"]

@@ -219,7 +219,7 @@ def test_graphs_can_be_walked_twice_and_not_differentiated_twice(name: str) -> N
     for a, b in zip(first, torch.autograd.grad(loss, tensors, retain_graph=True), strict=True):
         assert torch.equal(a, b)
     twice = torch.autograd.grad(loss, tensors, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable|does not require grad|not have been used"):
+    with pytest.raises(RuntimeError, match="no second derivative|not have been used"):
         torch.autograd.grad(sum(grad.square().sum() for grad in twice), tensors)
 
 

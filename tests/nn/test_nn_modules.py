@@ -167,7 +167,7 @@ def test_bad_arguments():
         FP8RMSNorm.from_norm(nn.LayerNorm(4))
     with pytest.raises(TypeError, match="takes a torch.nn.LayerNorm, got"):
         FP8LayerNorm.from_norm(nn.RMSNorm(4))
-    with pytest.raises(ValueError, match="last dimension of x must be 8"):
+    with pytest.raises(ValueError, match="FP8AdaLayerNorm normalizes a last dimension of 8, got x of shape"):
         FP8AdaLayerNorm(8)(torch.randn(2, 4), torch.randn(2, 4), torch.randn(2, 4))
 
 
@@ -191,3 +191,17 @@ def test_the_modulated_norm_compiles_in_full():
     x, scale, shift = torch.randn(2, 8, D, requires_grad=True), *torch.randn(2, 2, D)
     compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
     assert torch.allclose(compiled(x, scale, shift), module(x, scale, shift), atol=1e-6)
+
+
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("cls", [FP8LayerNorm, FP8RMSNorm])
+def test_inputs_of_another_width(cls, affine):
+    with pytest.raises(ValueError, match=rf"{cls.__name__} normalizes a last dimension of 64, got x of shape \(2, 63\)"):
+        cls(D, elementwise_affine=affine)(torch.randn(2, 63))
+
+
+def test_the_converted_norm_of_a_library_names_itself():
+    norm = LlamaRMSNorm(D)
+    FP8RMSNorm.from_norm(norm)
+    with pytest.raises(ValueError, match=r"LlamaRMSNorm normalizes a last dimension of 64, got x of shape \(2, 63\)"):
+        norm(torch.randn(2, 63))

@@ -146,6 +146,58 @@ def test_state_dictionaries_that_do_not_fit():
         nn.Linear(48, 33).load_state_dict(layer.state_dict())
 
 
+@pytest.mark.parametrize("target", ["stored", "plain"])
+def test_values_beside_a_scale_are_refused(target):
+    """sd-scripts merges into the dictionary: `float()` of codes are no values, and the scale stays behind."""
+    _, source = stored()
+    layer = stored()[1] if target == "stored" else FP8Linear(48, 33)
+    before = layer.weight.clone()
+    state = source.state_dict()
+    state["weight"] = state["weight"].float() + 0.01
+    with pytest.raises(
+        RuntimeError, match=r"weight is torch.float32 beside a weight_scale.*layer.weight.data = layer.weight.data \+ delta"
+    ):
+        layer.load_state_dict(state)
+    assert layer.weight.equal(before)
+    with pytest.raises(RuntimeError, match=r"weight is torch.float8_e5m2 beside a weight_scale"):
+        layer.load_state_dict(source.state_dict() | {"weight": torch.zeros(33, 48, dtype=torch.float8_e5m2)})
+    with pytest.raises(RuntimeError, match=r"size mismatch for weight_scale: the dictionary has \(48, 1\), needed is \(\) or \(33, 1\)"):
+        layer.load_state_dict(source.state_dict() | {"weight_scale": torch.ones(48, 1)})
+    with pytest.raises(RuntimeError, match=r"size mismatch for weight: the dictionary has \(48, 33\)"):
+        layer.load_state_dict(source.state_dict() | {"weight": torch.zeros(48, 33, dtype=torch.uint8)})
+    layer.load_state_dict(source.state_dict() | {"weight": source.weight_codes})  # raw bytes, as safetensors may hold them
+    assert layer.weight.equal(source.weight + 0)
+
+
+def test_codes_without_their_scale_are_refused():
+    _, layer = stored()
+    with pytest.raises(RuntimeError, match="weight is torch.uint8 without a weight_scale"):
+        layer.load_state_dict({"bias": layer.bias, "weight": layer.weight_codes})
+    values = layer.decoded_weight().to(torch.float8_e4m3fn)  # checkpoints cast to float8 hold values
+    layer.load_state_dict({"bias": layer.bias, "weight": values})
+    assert sqnr(values.float(), layer.weight + 0) > 25
+
+
+@pytest.mark.parametrize("granularity", CONFIGS)
+@pytest.mark.parametrize("plain", [False, True], ids=["codes", "values"])
+def test_layers_made_on_meta(granularity, plain):
+    def empty() -> FP8Linear:
+        with torch.device("meta"):
+            return FP8Linear.from_linear(nn.Linear(48, 33).requires_grad_(False), CONFIGS[granularity])
+
+    source, layer = stored(granularity)
+    state = (source if plain else layer).state_dict()
+    assigned = empty()
+    assigned.load_state_dict(state, assign=True)
+    copied = empty().to_empty(device="cpu")
+    copied.load_state_dict(state)
+    x = torch.randn(4, 48)
+    for again in (assigned, copied):
+        assert again.weight_codes.equal(layer.weight_codes)
+        assert again.weight_scale.equal(layer.weight_scale)
+        assert again(x).equal(layer(x))
+
+
 def test_copies_and_pickles():
     _, layer = stored()
     x = torch.randn(4, 48)
@@ -179,6 +231,60 @@ def test_changes_in_place_are_refused():
                 change(layer.weight)
     with pytest.raises(RuntimeError, match="stored in FP8 cannot be trained"):
         layer.weight.requires_grad_()
+
+
+@pytest.mark.parametrize("read", [lambda w: w.data, lambda w: w.detach(), lambda w: w.data[3], lambda w: w.data.t().chunk(2)[0]])
+def test_writing_to_decoded_values_is_refused(read):
+    """They are made anew at each reading: what is written to them would be lost."""
+    _, layer = stored()
+    values = read(layer.weight)
+    changes = (
+        lambda w: w.copy_(torch.ones_like(w)),
+        lambda w: w.mul_(0),
+        lambda w: w.add_(1),
+        lambda w: w.__setitem__(0, 1.0),
+        lambda w: torch.add(w, 1, out=w),
+        lambda w: nn.init.zeros_(w),
+        lambda w: nn.init.normal_(w),
+        lambda w: F.relu(w, inplace=True),
+        lambda w: torch._foreach_add_([w], 1.0),
+    )
+    for change in changes:
+        with pytest.raises(RuntimeError, match="would change a weight that is stored in FP8"):
+            change(values)
+
+
+def test_decoded_values_read_like_a_tensor(tmp_path):
+    _, layer = stored()
+    values, want = layer.weight.data, layer.decoded_weight()
+    assert values.equal(want)
+    assert (values.numpy() == want.numpy()).all()
+    assert type(values.view(-1)) is type(values)
+    for copied in (values.clone(), values * 1, values.half(), copy.deepcopy(values), pickle.loads(pickle.dumps(values)), want + values):
+        assert type(copied) is torch.Tensor
+        copied.add_(1)
+    torch.save(values, tmp_path / "weight.pt")
+    assert torch.load(tmp_path / "weight.pt", weights_only=True).equal(want)
+    total = torch.zeros_like(want)
+    total += values
+    total.copy_(values)
+    assert type(total) is torch.Tensor
+    assert layer.weight.data.equal(want)
+    with pytest.warns(CoatWarning, match="FP8 would round"):
+        layer.weight.data = layer.weight.data
+    assert type(layer.weight.data) is torch.Tensor
+    layer.weight.data.zero_()
+
+
+def test_data_can_be_added_to():
+    """As PEFT merges: Python assigns the sum."""
+    _, layer = stored()
+    want, delta = layer.decoded_weight() + 0.5, torch.full((33, 48), 0.5)
+    with pytest.warns(CoatWarning, match="FP8 would round"):
+        layer.weight.data += delta
+    assert layer.weight.equal(want)
+    layer.weight.data -= delta
+    assert torch.allclose(layer.weight, want - 0.5)
 
 
 @pytest.mark.parametrize("write", ["data", "attribute", "parameter"])
