@@ -56,6 +56,15 @@ def tile_mask(line, group, end, row, G: tl.constexpr, WHOLE: tl.constexpr):
 
 
 @triton.jit
+def tile_of(first, end, row, G: tl.constexpr, GROUPS: tl.constexpr, ROWS: tl.constexpr, WHOLE: tl.constexpr):
+    """Of the tile at row `first`: row and group of its lines, columns, offsets and mask of its elements, and which groups exist."""
+    line, group = tile_lines(first, GROUPS, ROWS)
+    columns = tile_columns(group, G)
+    mask = tile_mask(line, group, end, row, G, WHOLE)
+    return line, group, columns, line[:, None] * row + columns, mask, lines_exist(line, group, end, row, G)
+
+
+@triton.jit
 def row_sum(values, GROUPS: tl.constexpr, ROWS: tl.constexpr):
     """Sum of each row of a tile, for each of its lines."""
     sums = tl.sum(values, axis=1)

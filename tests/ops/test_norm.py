@@ -10,6 +10,7 @@ from torch import Tensor
 
 from coat_kernels.formats.scaled8 import ROW_GROUP_SIZES, SCALED_FORMATS, decode, encode
 from coat_kernels.ops.norm import reference
+from coat_kernels.ops.norm.settings import NormSettings
 from tests.rounding import U32, coded, same, same_codes, sqnr, stored, sum_units, within
 
 OPS = torch.ops.coat_kernels
@@ -230,9 +231,8 @@ def test_outliers_cost_little() -> None:
 def test_the_reference_tells_a_wrong_mean_apart() -> None:
     """The bounds of these tests refuse a forward pass that forgets to subtract the mean from the last element."""
     case = Case("layer-none", 100, torch.float32, torch.device("cpu"))
-    y = reference.norm(case.x, None, None, center=True, plus_one=False, eps=EPS, fmt="e4m3", group_size=128, amax=False, save=False)[
-        0
-    ].view(case.y.shape)
+    settings = NormSettings(plus_one=False, fmt="e4m3", group_size=128, center=True)
+    y = reference.norm(case.x, None, None, settings, eps=EPS, amax=False, save=False)[0].view(case.y.shape)
     bound = case.xhat_error + 4 * U32 * case.y.abs()
     assert within(y, case.y, bound + stored(case.y, y.dtype))
     y[:, -1] += 1e-4

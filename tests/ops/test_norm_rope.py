@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from coat_kernels.ops.norm_rope import check_norm_rope_weight, reference
+from coat_kernels.ops.norm_rope.factors import HeadFactors
 from tests.rounding import U32, same, sqnr, stored, sum_units, within
 
 OPS = torch.ops.coat_kernels
@@ -21,6 +22,10 @@ KINDS = {
     "wide": (256, True, True, 0, 2),
 }
 kinds = pytest.mark.parametrize("kind", KINDS)
+
+
+def double(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.double()
 
 
 class Case:
@@ -38,26 +43,21 @@ class Case:
             # Llama's long contexts scale both: the rotation is no longer orthogonal
             self.cos, self.sin = (1.2 * angle.cos()).to(device), (1.2 * angle.sin()).to(device)
 
-    def tensors(self, dtype: torch.dtype | None = None) -> tuple[Tensor | None, ...]:
-        given = (self.weight, self.first_weight, self.cos, self.sin)
-        return given if dtype is None else tuple(None if t is None else t.to(dtype) for t in given)
+    def factors(self) -> tuple[Tensor | int | None, ...]:
+        return self.weight, self.first_weight, self.first_tokens, self.cos, self.sin
 
     def run(self) -> tuple[Tensor, Tensor]:
-        weight, first_weight, cos, sin = self.tensors()
-        return OPS.norm_rope(self.x, weight, first_weight, self.first_tokens, cos, sin, EPS, self.interleaved)
+        return OPS.norm_rope(self.x, *self.factors(), EPS, self.interleaved)
 
     def backward(self, y: Tensor, rstd: Tensor, need_weight: bool = True, need_x: bool = True) -> tuple[Tensor, ...]:
-        weight, first_weight, cos, sin = self.tensors()
-        arguments = (self.dy, y, rstd, weight, first_weight, self.first_tokens, cos, sin, self.interleaved)
-        return OPS.norm_rope_backward(*arguments, need_weight, need_x)
+        return OPS.norm_rope_backward(self.dy, y, rstd, *self.factors(), self.interleaved, need_weight, need_x)
 
     def exact(self) -> tuple[Tensor, Tensor]:
-        settings = {"first_tokens": self.first_tokens, "eps": EPS, "interleaved": self.interleaved}
-        return reference.norm_rope(self.x.double(), *self.tensors(torch.float64), **settings)
+        return reference.norm_rope(self.x.double(), HeadFactors(*self.factors(), self.interleaved).each(double), EPS)
 
     def exact_backward(self, y: Tensor, rstd: Tensor) -> tuple[Tensor, ...]:
-        settings = {"first_tokens": self.first_tokens, "interleaved": self.interleaved, "need_weight": True, "need_x": True}
-        return reference.norm_rope_backward(self.dy.double(), y.double(), rstd.double(), *self.tensors(torch.float64), **settings)
+        factors = HeadFactors(*self.factors(), self.interleaved).each(double)
+        return reference.norm_rope_backward(self.dy.double(), y.double(), rstd.double(), factors, need_weight=True, need_x=True)
 
 
 @kinds

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ...formats.scaled8 import check_format, check_group, num_row_groups
-from .._library import LIBRARY
+from .._library import LIBRARY, register
 from ..row_values import (
     backend_of,
     check_device,
@@ -29,6 +29,7 @@ from ..row_values import (
     wide_dtype,
 )
 from . import cpu, reference
+from .settings import NormGradients, NormSettings
 
 LIBRARY.define(
     "norm(Tensor x, Tensor? gain, Tensor? shift, bool center, bool plus_one, float eps, str fmt, int group_size, bool amax, "
@@ -52,27 +53,88 @@ def _check_factors(x: Tensor, gain: Tensor | None, shift: Tensor | None) -> None
             raise ValueError(f"gain has {segments} segments and shift {of_shift}; they must agree")
 
 
-def check_norm(x: Tensor, gain: Tensor | None, shift: Tensor | None, fmt: str, group_size: int) -> None:
-    """The checks that the op and its fake share."""
+def _backend(tensor: Tensor) -> Any:
+    return backend_of("norm", tensor, reference, cpu)
+
+
+def _norm_arguments(
+    x: Tensor,
+    gain: Tensor | None,
+    shift: Tensor | None,
+    center: bool,
+    plus_one: bool,
+    eps: float,
+    fmt: str,
+    group_size: int,
+    amax: bool,
+    save: bool = True,
+) -> tuple[Any, ...]:
     check_rows("x", x)
     check_format(fmt, allow_none=True)
     check_group(group_size)
     _check_factors(x, gain, shift)
+    return x, gain, shift, NormSettings(plus_one, fmt, group_size, center), eps, amax, save
 
 
-def check_norm_from_codes(
-    codes: Tensor, scale: Tensor, gain: Tensor | None, shift: Tensor | None, fmt: str, group_size: int, dtype: torch.dtype
-) -> None:
-    """The checks that the op and its fake share."""
+def _norm(
+    x: Tensor, gain: Tensor | None, shift: Tensor | None, settings: NormSettings, eps: float, amax: bool, save: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return _backend(x).norm(x.contiguous(), contiguous(gain), contiguous(shift), settings, eps=eps, amax=amax, save=save)
+
+
+def _norm_fake(
+    x: Tensor, gain: Tensor | None, shift: Tensor | None, settings: NormSettings, eps: float, amax: bool, save: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    codes, scale = empty_stored(x, settings.fmt, settings.group_size, save)
+    rstd = x.new_empty(x.numel() // x.shape[-1] if save else 0, dtype=wide_dtype(x.dtype))
+    y_amax = x.new_empty((*x.shape[:-1], num_row_groups(x.shape[-1], settings.group_size)) if amax else 0, dtype=torch.float32)
+    return torch.empty_like(x, memory_format=torch.contiguous_format), codes, scale, rstd, y_amax
+
+
+def _norm_from_codes_arguments(
+    codes: Tensor,
+    scale: Tensor,
+    gain: Tensor | None,
+    shift: Tensor | None,
+    plus_one: bool,
+    fmt: str,
+    group_size: int,
+    dtype: torch.dtype,
+) -> tuple[Any, ...]:
     check_stored(codes, scale, fmt, group_size)
     _check_factors(codes, gain, shift)
     check_dtype("y", dtype, codes.device)
+    return codes, scale, gain, shift, NormSettings(plus_one, fmt, group_size), dtype
 
 
-def check_norm_backward(
-    dy: Tensor, codes: Tensor, scale: Tensor, rstd: Tensor, gain: Tensor | None, fmt: str, group_size: int, segments: int
-) -> None:
-    """The checks that the op and its fake share."""
+def _norm_from_codes(
+    codes: Tensor, scale: Tensor, gain: Tensor | None, shift: Tensor | None, settings: NormSettings, dtype: torch.dtype
+) -> Tensor:
+    backend = reference if dtype == torch.float64 else _backend(codes)
+    return backend.norm_from_codes(codes.contiguous(), scale.contiguous(), contiguous(gain), contiguous(shift), settings, dtype)
+
+
+def _norm_from_codes_fake(
+    codes: Tensor, scale: Tensor, gain: Tensor | None, shift: Tensor | None, settings: NormSettings, dtype: torch.dtype
+) -> Tensor:
+    return codes.new_empty(codes.shape, dtype=dtype)
+
+
+def _norm_backward_arguments(
+    dy: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    rstd: Tensor,
+    gain: Tensor | None,
+    center: bool,
+    plus_one: bool,
+    fmt: str,
+    group_size: int,
+    segments: int,
+    need_gain: bool,
+    need_shift: bool,
+    need_x: bool = True,
+) -> tuple[Any, ...]:
     check_rows("dy", dy)
     check_stored(codes, scale, fmt, group_size)
     if dy.shape != codes.shape:
@@ -83,156 +145,26 @@ def check_norm_backward(
     if gain is not None and (of_gain := check_segments("gain", gain, dy)) not in (1, segments):
         raise ValueError(f"gain has {of_gain} segments, but segments={segments}")
     check_divides("norm_backward", segments, dy)
-
-
-def _backend(tensor: Tensor) -> Any:
-    return backend_of("norm", tensor, reference, cpu)
-
-
-def _norm(
-    x: Tensor,
-    gain: Tensor | None,
-    shift: Tensor | None,
-    center: bool,
-    plus_one: bool,
-    eps: float,
-    fmt: str,
-    group_size: int,
-    amax: bool,
-    save: bool = True,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    check_norm(x, gain, shift, fmt, group_size)
-    return _backend(x).norm(
-        x.contiguous(),
-        contiguous(gain),
-        contiguous(shift),
-        center=center,
-        plus_one=plus_one,
-        eps=eps,
-        fmt=fmt,
-        group_size=group_size,
-        amax=amax,
-        save=save,
-    )
-
-
-def _norm_fake(
-    x: Tensor,
-    gain: Tensor | None,
-    shift: Tensor | None,
-    center: bool,
-    plus_one: bool,
-    eps: float,
-    fmt: str,
-    group_size: int,
-    amax: bool,
-    save: bool = True,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    check_norm(x, gain, shift, fmt, group_size)
-    codes, scale = empty_stored(x, fmt, group_size, save)
-    rstd = x.new_empty(x.numel() // x.shape[-1] if save else 0, dtype=wide_dtype(x.dtype))
-    y_amax = x.new_empty((*x.shape[:-1], num_row_groups(x.shape[-1], group_size)) if amax else 0, dtype=torch.float32)
-    return torch.empty_like(x, memory_format=torch.contiguous_format), codes, scale, rstd, y_amax
-
-
-def _norm_from_codes(
-    codes: Tensor,
-    scale: Tensor,
-    gain: Tensor | None,
-    shift: Tensor | None,
-    plus_one: bool,
-    fmt: str,
-    group_size: int,
-    dtype: torch.dtype,
-) -> Tensor:
-    check_norm_from_codes(codes, scale, gain, shift, fmt, group_size, dtype)
-    backend = reference if dtype == torch.float64 else _backend(codes)
-    return backend.norm_from_codes(
-        codes.contiguous(),
-        scale.contiguous(),
-        contiguous(gain),
-        contiguous(shift),
-        plus_one=plus_one,
-        fmt=fmt,
-        group_size=group_size,
-        dtype=dtype,
-    )
-
-
-def _norm_from_codes_fake(
-    codes: Tensor,
-    scale: Tensor,
-    gain: Tensor | None,
-    shift: Tensor | None,
-    plus_one: bool,
-    fmt: str,
-    group_size: int,
-    dtype: torch.dtype,
-) -> Tensor:
-    check_norm_from_codes(codes, scale, gain, shift, fmt, group_size, dtype)
-    return codes.new_empty(codes.shape, dtype=dtype)
+    wanted = NormGradients(segments, need_gain, need_shift, need_x)
+    return dy, codes, scale, rstd, gain, NormSettings(plus_one, fmt, group_size, center), wanted
 
 
 def _norm_backward(
-    dy: Tensor,
-    codes: Tensor,
-    scale: Tensor,
-    rstd: Tensor,
-    gain: Tensor | None,
-    center: bool,
-    plus_one: bool,
-    fmt: str,
-    group_size: int,
-    segments: int,
-    need_gain: bool,
-    need_shift: bool,
-    need_x: bool = True,
+    dy: Tensor, codes: Tensor, scale: Tensor, rstd: Tensor, gain: Tensor | None, settings: NormSettings, wanted: NormGradients
 ) -> tuple[Tensor, Tensor, Tensor]:
-    check_norm_backward(dy, codes, scale, rstd, gain, fmt, group_size, segments)
-    return _backend(dy).norm_backward(
-        dy.contiguous(),
-        codes.contiguous(),
-        scale.contiguous(),
-        rstd.contiguous(),
-        contiguous(gain),
-        center=center,
-        plus_one=plus_one,
-        fmt=fmt,
-        group_size=group_size,
-        segments=segments,
-        need_gain=need_gain,
-        need_shift=need_shift,
-        need_x=need_x,
-    )
+    kept = codes.contiguous(), scale.contiguous(), rstd.contiguous()
+    return _backend(dy).norm_backward(dy.contiguous(), *kept, contiguous(gain), settings, wanted)
 
 
 def _norm_backward_fake(
-    dy: Tensor,
-    codes: Tensor,
-    scale: Tensor,
-    rstd: Tensor,
-    gain: Tensor | None,
-    center: bool,
-    plus_one: bool,
-    fmt: str,
-    group_size: int,
-    segments: int,
-    need_gain: bool,
-    need_shift: bool,
-    need_x: bool = True,
+    dy: Tensor, codes: Tensor, scale: Tensor, rstd: Tensor, gain: Tensor | None, settings: NormSettings, wanted: NormGradients
 ) -> tuple[Tensor, Tensor, Tensor]:
-    check_norm_backward(dy, codes, scale, rstd, gain, fmt, group_size, segments)
-    dx = torch.empty_like(dy, memory_format=torch.contiguous_format) if need_x else dy.new_empty(0)
-    each = (segments, dy.shape[-1])
+    dx = torch.empty_like(dy, memory_format=torch.contiguous_format) if wanted.x else dy.new_empty(0)
+    each = (wanted.segments, dy.shape[-1])
     wide = wide_dtype(dy.dtype)
-    return dx, dy.new_empty(each if need_gain else 0, dtype=wide), dy.new_empty(each if need_shift else 0, dtype=wide)
+    return dx, dy.new_empty(each if wanted.gain else 0, dtype=wide), dy.new_empty(each if wanted.shift else 0, dtype=wide)
 
 
-for _name, _implementation, _fake in (
-    ("norm", _norm, _norm_fake),
-    ("norm_from_codes", _norm_from_codes, _norm_from_codes_fake),
-    ("norm_backward", _norm_backward, _norm_backward_fake),
-):
-    for _key in ("CPU", "CUDA"):
-        LIBRARY.impl(_name, _implementation, _key)
-    torch.library.register_fake(f"coat_kernels::{_name}", _fake, lib=LIBRARY)
+register("norm", _norm_arguments, _norm, _norm_fake)
+register("norm_from_codes", _norm_from_codes_arguments, _norm_from_codes, _norm_from_codes_fake)
+register("norm_backward", _norm_backward_arguments, _norm_backward, _norm_backward_fake)

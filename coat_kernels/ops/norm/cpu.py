@@ -11,6 +11,7 @@ from ..._native import native
 from ...formats.parameters import DTYPE_INDEX
 from ...formats.scaled8 import FORMAT_INDEX, num_row_groups
 from ..row_values import address, empty_stored, kernel_factor
+from .settings import NormGradients, NormSettings
 
 
 def _factors(x: Tensor, gain: Tensor | None, shift: Tensor | None, plus_one: bool) -> dict[str, Any]:
@@ -31,34 +32,24 @@ def _shift(shift: Tensor | None) -> dict[str, int]:
 
 
 def norm(
-    x: Tensor,
-    gain: Tensor | None,
-    shift: Tensor | None,
-    *,
-    center: bool,
-    plus_one: bool,
-    eps: float,
-    fmt: str,
-    group_size: int,
-    amax: bool,
-    save: bool,
+    x: Tensor, gain: Tensor | None, shift: Tensor | None, settings: NormSettings, *, eps: float, amax: bool, save: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     rows, row = x.numel() // x.shape[-1], x.shape[-1]
     gain, shift = kernel_factor(gain), kernel_factor(shift)
-    y, (codes, scale) = torch.empty_like(x), empty_stored(x, fmt, group_size, save)
+    y, (codes, scale) = torch.empty_like(x), empty_stored(x, settings.fmt, settings.group_size, save)
     rstd = torch.empty(rows if save else 0)
-    y_amax = torch.empty((*x.shape[:-1], num_row_groups(row, group_size)) if amax else 0)
+    y_amax = torch.empty((*x.shape[:-1], num_row_groups(row, settings.group_size)) if amax else 0)
     native.norm(
         x=x.data_ptr(),
         dtype=DTYPE_INDEX[x.dtype],
         rows=rows,
         row=row,
-        **_factors(x, gain, shift, plus_one),
+        **_factors(x, gain, shift, settings.plus_one),
         **_shift(shift),
-        center=center,
+        center=settings.center,
         eps=eps,
-        fmt=FORMAT_INDEX[fmt],
-        group_size=group_size,
+        fmt=FORMAT_INDEX[settings.fmt],
+        group_size=settings.group_size,
         y=y.data_ptr(),
         codes=codes.data_ptr(),
         scale=scale.data_ptr(),
@@ -70,15 +61,7 @@ def norm(
 
 
 def norm_from_codes(
-    codes: Tensor,
-    scale: Tensor,
-    gain: Tensor | None,
-    shift: Tensor | None,
-    *,
-    plus_one: bool,
-    fmt: str,
-    group_size: int,
-    dtype: torch.dtype,
+    codes: Tensor, scale: Tensor, gain: Tensor | None, shift: Tensor | None, settings: NormSettings, dtype: torch.dtype
 ) -> Tensor:
     y = torch.empty(codes.shape, dtype=dtype)
     gain, shift = kernel_factor(gain), kernel_factor(shift)
@@ -88,10 +71,10 @@ def norm_from_codes(
         scale=scale.data_ptr(),
         rows=codes.numel() // codes.shape[-1],
         row=codes.shape[-1],
-        **_factors(codes, gain, shift, plus_one),
+        **_factors(codes, gain, shift, settings.plus_one),
         **_shift(shift),
-        fmt=FORMAT_INDEX[fmt],
-        group_size=group_size,
+        fmt=FORMAT_INDEX[settings.fmt],
+        group_size=settings.group_size,
         y=y.data_ptr(),
         dtype=DTYPE_INDEX[dtype],
         threads=torch.get_num_threads(),
@@ -100,25 +83,12 @@ def norm_from_codes(
 
 
 def norm_backward(
-    dy: Tensor,
-    codes: Tensor,
-    scale: Tensor,
-    rstd: Tensor,
-    gain: Tensor | None,
-    *,
-    center: bool,
-    plus_one: bool,
-    fmt: str,
-    group_size: int,
-    segments: int,
-    need_gain: bool,
-    need_shift: bool,
-    need_x: bool,
+    dy: Tensor, codes: Tensor, scale: Tensor, rstd: Tensor, gain: Tensor | None, settings: NormSettings, wanted: NormGradients
 ) -> tuple[Tensor, Tensor, Tensor]:
     row = dy.shape[-1]
     gain = kernel_factor(gain)
-    dx = torch.empty_like(dy) if need_x else dy.new_empty(0)
-    dgain, dshift = (torch.empty((segments, row) if need else 0) for need in (need_gain, need_shift))
+    dx = torch.empty_like(dy) if wanted.x else dy.new_empty(0)
+    dgain, dshift = (torch.empty((wanted.segments, row) if need else 0) for need in (wanted.gain, wanted.shift))
     native.norm_backward(
         dy=dy.data_ptr(),
         dtype=DTYPE_INDEX[dy.dtype],
@@ -128,11 +98,11 @@ def norm_backward(
         codes_dtype=DTYPE_INDEX.get(codes.dtype, 0),
         scale=scale.data_ptr(),
         rstd=rstd.data_ptr(),
-        **_factors(dy, gain, None, plus_one),
-        center=center,
-        fmt=FORMAT_INDEX[fmt],
-        group_size=group_size,
-        segments=segments,
+        **_factors(dy, gain, None, settings.plus_one),
+        center=settings.center,
+        fmt=FORMAT_INDEX[settings.fmt],
+        group_size=settings.group_size,
+        segments=wanted.segments,
         dx=dx.data_ptr(),
         dgain=dgain.data_ptr(),
         dshift=dshift.data_ptr(),

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ...formats.scaled8 import group_amax
 from ..row_values import store_values, stored_values, wide_dtype
+from .settings import NormGradients, NormSettings
 
 
 def _runs(rows: Tensor, segments: int) -> Tensor:
@@ -31,74 +32,43 @@ def _output(xhat: Tensor, gain: Tensor | None, shift: Tensor | None, plus_one: b
 
 
 def norm(
-    x: Tensor,
-    gain: Tensor | None,
-    shift: Tensor | None,
-    *,
-    center: bool,
-    plus_one: bool,
-    eps: float,
-    fmt: str,
-    group_size: int,
-    amax: bool,
-    save: bool,
+    x: Tensor, gain: Tensor | None, shift: Tensor | None, settings: NormSettings, *, eps: float, amax: bool, save: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     rows = x.reshape(-1, x.shape[-1]).to(wide_dtype(x.dtype))
-    if center:
+    if settings.center:
         rows = rows - rows.mean(-1, keepdim=True)
     rstd = (rows.square().mean(-1, keepdim=True) + eps).rsqrt()
     xhat = rows * rstd
-    y = _output(xhat, gain, shift, plus_one).to(x.dtype).view(x.shape)
-    y_amax = group_amax(y, group_size).float() if amax else x.new_empty(0, dtype=torch.float32)
+    y = _output(xhat, gain, shift, settings.plus_one).to(x.dtype).view(x.shape)
+    y_amax = group_amax(y, settings.group_size).float() if amax else x.new_empty(0, dtype=torch.float32)
     if not save:
         return y, x.new_empty(0, dtype=torch.uint8), x.new_empty(0, dtype=torch.float32), rstd.new_empty(0), y_amax
-    codes, scale = store_values(xhat.view(x.shape), x.dtype, fmt, group_size)
+    codes, scale = store_values(xhat.view(x.shape), x.dtype, settings.fmt, settings.group_size)
     return y, codes, scale, rstd.view(-1), y_amax
 
 
 def norm_from_codes(
-    codes: Tensor,
-    scale: Tensor,
-    gain: Tensor | None,
-    shift: Tensor | None,
-    *,
-    plus_one: bool,
-    fmt: str,
-    group_size: int,
-    dtype: torch.dtype,
+    codes: Tensor, scale: Tensor, gain: Tensor | None, shift: Tensor | None, settings: NormSettings, dtype: torch.dtype
 ) -> Tensor:
-    xhat = stored_values(codes, scale, fmt, group_size, wide_dtype(dtype))
-    return _output(xhat.reshape(-1, codes.shape[-1]), gain, shift, plus_one).to(dtype).view(codes.shape)
+    xhat = stored_values(codes, scale, settings.fmt, settings.group_size, wide_dtype(dtype))
+    return _output(xhat.reshape(-1, codes.shape[-1]), gain, shift, settings.plus_one).to(dtype).view(codes.shape)
 
 
 def norm_backward(
-    dy: Tensor,
-    codes: Tensor,
-    scale: Tensor,
-    rstd: Tensor,
-    gain: Tensor | None,
-    *,
-    center: bool,
-    plus_one: bool,
-    fmt: str,
-    group_size: int,
-    segments: int,
-    need_gain: bool,
-    need_shift: bool,
-    need_x: bool,
+    dy: Tensor, codes: Tensor, scale: Tensor, rstd: Tensor, gain: Tensor | None, settings: NormSettings, wanted: NormGradients
 ) -> tuple[Tensor, Tensor, Tensor]:
     wide = wide_dtype(dy.dtype)
-    xhat = stored_values(codes, scale, fmt, group_size, wide).reshape(-1, dy.shape[-1])
+    xhat = stored_values(codes, scale, settings.fmt, settings.group_size, wide).reshape(-1, dy.shape[-1])
     rows = dy.reshape(-1, dy.shape[-1]).to(wide)
     dx, none = dy.new_empty(0), torch.empty(0, dtype=wide, device=dy.device)
-    if need_x:
-        factor = _factor(gain, plus_one, wide)
+    if wanted.x:
+        factor = _factor(gain, settings.plus_one, wide)
         grad = rows if factor is None else (_runs(rows, factor.shape[0]) * factor).view(rows.shape)
         along = (grad * xhat).mean(-1, keepdim=True)
         inner = grad - xhat * along
-        if center:
+        if settings.center:
             inner = inner - grad.mean(-1, keepdim=True)
         dx = (inner * rstd.view(-1, 1)).to(dy.dtype).view(dy.shape)
-    dgain = _runs(rows * xhat, segments).sum(1) if need_gain else none
-    dshift = _runs(rows, segments).sum(1) if need_shift else none
+    dgain = _runs(rows * xhat, wanted.segments).sum(1) if wanted.gain else none
+    dshift = _runs(rows, wanted.segments).sum(1) if wanted.shift else none
     return dx, dgain, dshift

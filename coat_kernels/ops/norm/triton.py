@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import triton
@@ -19,16 +18,15 @@ from ..triton_rows import (
     RowTiles,
     add_blocks,
     blocks_of,
-    lines_exist,
     load_factor,
     load_values,
     row_sum,
     store_block_sums,
     store_values,
-    tile_columns,
     tile_lines,
-    tile_mask,
+    tile_of,
 )
+from .settings import NormGradients, NormSettings
 
 #: A larger tile has no registers for dx and two sums at a time: it is read once for each.
 _FUSED_TILE = 8192
@@ -72,11 +70,7 @@ def norm_kernel(
     ISA: tl.constexpr,
 ):
     """y = xhat · gain + shift; codes, scale = encode(xhat)."""
-    line, group = tile_lines(tl.program_id(0).to(tl.int64) * ROWS, GROUPS, ROWS)
-    columns = tile_columns(group, G)
-    mask = tile_mask(line, group, rows, row, G, WHOLE)
-    exists = lines_exist(line, group, rows, row, G)
-    offsets = line[:, None] * row + columns
+    line, group, columns, offsets, mask, exists = tile_of(tl.program_id(0).to(tl.int64) * ROWS, rows, row, G, GROUPS, ROWS, WHOLE)
     x = to_float32(tl.load(x_ptr + offsets, mask=mask, other=0.0))
     if CENTER:
         x = tl.where(mask, x - (row_sum(x, GROUPS, ROWS) / row)[:, None], 0.0)
@@ -113,11 +107,7 @@ def norm_from_codes_kernel(
     ISA: tl.constexpr,
 ):
     """y = decode(codes, scale) · gain + shift."""
-    line, group = tile_lines(tl.program_id(0).to(tl.int64) * ROWS, GROUPS, ROWS)
-    columns = tile_columns(group, G)
-    mask = tile_mask(line, group, rows, row, G, WHOLE)
-    exists = lines_exist(line, group, rows, row, G)
-    offsets = line[:, None] * row + columns
+    line, group, columns, offsets, mask, exists = tile_of(tl.program_id(0).to(tl.int64) * ROWS, rows, row, G, GROUPS, ROWS, WHOLE)
     xhat = load_values(codes_ptr, scale_ptr, offsets, line, group, groups, mask, exists, FMT, ISA)
     y = _scaled_and_shifted(xhat, gain_ptr, shift_ptr, line, columns, mask, row, segment_rows, PLUS_ONE)
     tl.store(y_ptr + offsets, to_dtype(y, DTYPE, ISA), mask=mask)
@@ -147,11 +137,7 @@ def _backward_tile(
     ISA: tl.constexpr,
 ):
     """dx of the tile at row `first`; returns its dy and xhat."""
-    line, group = tile_lines(first, GROUPS, ROWS)
-    columns = tile_columns(group, G)
-    mask = tile_mask(line, group, end, row, G, WHOLE)
-    exists = lines_exist(line, group, end, row, G)
-    offsets = line[:, None] * row + columns
+    line, group, columns, offsets, mask, exists = tile_of(first, end, row, G, GROUPS, ROWS, WHOLE)
     dy = to_float32(tl.load(dy_ptr + offsets, mask=mask, other=0.0))
     xhat = load_values(codes_ptr, scale_ptr, offsets, line, group, groups, mask, exists, FMT, ISA)
     if dx_ptr is not None:
@@ -228,23 +214,13 @@ def _segment_rows(rows: int, row: int, gain: Tensor | None, shift: Tensor | None
 
 
 def norm(
-    x: Tensor,
-    gain: Tensor | None,
-    shift: Tensor | None,
-    *,
-    center: bool,
-    plus_one: bool,
-    eps: float,
-    fmt: str,
-    group_size: int,
-    amax: bool,
-    save: bool,
+    x: Tensor, gain: Tensor | None, shift: Tensor | None, settings: NormSettings, *, eps: float, amax: bool, save: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    tiles = RowTiles(x.numel() // x.shape[-1], x.shape[-1], group_size)
+    tiles = RowTiles(x.numel() // x.shape[-1], x.shape[-1], settings.group_size)
     gain, shift = kernel_factor(gain), kernel_factor(shift)
-    y, (codes, scale) = torch.empty_like(x), empty_stored(x, fmt, group_size, save)
+    y, (codes, scale) = torch.empty_like(x), empty_stored(x, settings.fmt, settings.group_size, save)
     rstd = x.new_empty(tiles.rows if save else 0, dtype=torch.float32)
-    y_amax = x.new_empty((*x.shape[:-1], num_row_groups(tiles.row, group_size)) if amax else 0, dtype=torch.float32)
+    y_amax = x.new_empty((*x.shape[:-1], num_row_groups(tiles.row, settings.group_size)) if amax else 0, dtype=torch.float32)
     if x.numel():
         with device_guard(x):
             norm_kernel[(tiles.programs,)](
@@ -261,9 +237,9 @@ def norm(
                 tiles.groups,
                 _segment_rows(tiles.rows, tiles.row, gain, shift),
                 eps,
-                CENTER=center,
-                PLUS_ONE=plus_one,
-                FMT=FORMAT_INDEX[fmt],
+                CENTER=settings.center,
+                PLUS_ONE=settings.plus_one,
+                FMT=FORMAT_INDEX[settings.fmt],
                 DTYPE=tl_dtype(x.dtype),
                 **tiles.constants(),
                 ISA=instruction_set(x),
@@ -273,17 +249,9 @@ def norm(
 
 
 def norm_from_codes(
-    codes: Tensor,
-    scale: Tensor,
-    gain: Tensor | None,
-    shift: Tensor | None,
-    *,
-    plus_one: bool,
-    fmt: str,
-    group_size: int,
-    dtype: torch.dtype,
+    codes: Tensor, scale: Tensor, gain: Tensor | None, shift: Tensor | None, settings: NormSettings, dtype: torch.dtype
 ) -> Tensor:
-    tiles = RowTiles(codes.numel() // codes.shape[-1], codes.shape[-1], group_size)
+    tiles = RowTiles(codes.numel() // codes.shape[-1], codes.shape[-1], settings.group_size)
     gain, shift = kernel_factor(gain), kernel_factor(shift)
     y = torch.empty(codes.shape, dtype=dtype, device=codes.device)
     if codes.numel():
@@ -298,8 +266,8 @@ def norm_from_codes(
                 tiles.row,
                 tiles.groups,
                 _segment_rows(tiles.rows, tiles.row, gain, shift),
-                PLUS_ONE=plus_one,
-                FMT=FORMAT_INDEX[fmt],
+                PLUS_ONE=settings.plus_one,
+                FMT=FORMAT_INDEX[settings.fmt],
                 DTYPE=tl_dtype(dtype),
                 **tiles.constants(),
                 ISA=instruction_set(codes),
@@ -313,23 +281,18 @@ def _launch_backward(
     kept: tuple[Tensor, Tensor, Tensor],
     gain: Tensor | None,
     outputs: Sequence[Tensor | None],
-    runs: int,
-    constants: dict[str, Any],
+    settings: NormSettings,
+    segments: int,
 ) -> None:
-    """One pass that fills those of `outputs` (dx, dgain, dshift) that are not None.
-
-    Args:
-        kept: codes, scale, rstd.
-        runs: segments of dgain and dshift.
-    """
+    """One pass that fills those of `outputs` (dx, dgain, dshift) that are not None, from `kept`: codes, scale, rstd."""
     dx, dgain, dshift = outputs
     sums = dgain is not None or dshift is not None
-    tiles = RowTiles(dy.numel() // dy.shape[-1], dy.shape[-1], constants["G"], per_thread=16 if sums else 32)
-    run_rows = tiles.rows // runs if sums else tiles.rows
-    blocks, block_rows = blocks_of(run_rows, runs, tiles.rows_in_tile) if sums else (tiles.programs, tiles.rows_in_tile)
-    partial = [None if out is None else dy.new_empty((runs, blocks, tiles.row), dtype=torch.float32) for out in (dgain, dshift)]
+    tiles = RowTiles(dy.numel() // dy.shape[-1], dy.shape[-1], settings.group_size, per_thread=16 if sums else 32)
+    run_rows = tiles.rows // segments if sums else tiles.rows
+    blocks, block_rows = blocks_of(run_rows, segments, tiles.rows_in_tile) if sums else (tiles.programs, tiles.rows_in_tile)
+    partial = [None if out is None else dy.new_empty((segments, blocks, tiles.row), dtype=torch.float32) for out in (dgain, dshift)]
     with device_guard(dy):
-        norm_backward_kernel[(blocks * (runs if sums else 1),)](
+        norm_backward_kernel[(blocks * (segments if sums else 1),)](
             dy,
             *kept,
             gain,
@@ -341,8 +304,11 @@ def _launch_backward(
             tiles.row,
             tiles.groups,
             _segment_rows(tiles.rows, tiles.row, gain, None),
+            CENTER=settings.center,
+            PLUS_ONE=settings.plus_one,
+            FMT=FORMAT_INDEX[settings.fmt],
             DTYPE=tl_dtype(dy.dtype),
-            **{**tiles.constants(), **constants},
+            **tiles.constants(),
             ISA=instruction_set(dy),
             num_warps=tiles.num_warps,
         )
@@ -352,30 +318,16 @@ def _launch_backward(
 
 
 def norm_backward(
-    dy: Tensor,
-    codes: Tensor,
-    scale: Tensor,
-    rstd: Tensor,
-    gain: Tensor | None,
-    *,
-    center: bool,
-    plus_one: bool,
-    fmt: str,
-    group_size: int,
-    segments: int,
-    need_gain: bool,
-    need_shift: bool,
-    need_x: bool,
+    dy: Tensor, codes: Tensor, scale: Tensor, rstd: Tensor, gain: Tensor | None, settings: NormSettings, wanted: NormGradients
 ) -> tuple[Tensor, Tensor, Tensor]:
-    tiles = RowTiles(dy.numel() // dy.shape[-1], dy.shape[-1], group_size)
-    dx = torch.empty_like(dy) if need_x else dy.new_empty(0)
-    sums = [dy.new_zeros((segments, tiles.row) if need else 0, dtype=torch.float32) for need in (need_gain, need_shift)]
-    wanted = [out if need else None for out, need in zip((dx, *sums), (need_x, need_gain, need_shift), strict=True)]
-    constants = {"CENTER": center, "PLUS_ONE": plus_one, "FMT": FORMAT_INDEX[fmt], "G": group_size}
-    passes = [wanted]
-    if tiles.tile > _FUSED_TILE and (need_gain or need_shift):
-        passes = [[out if i == k else None for i, out in enumerate(wanted)] for k in range(3)]
-    for outputs in passes:
-        if dy.numel() and any(out is not None for out in outputs):
-            _launch_backward(dy, (codes, scale, rstd), kernel_factor(gain), outputs, segments, constants)
-    return dx, sums[0], sums[1]
+    tiles = RowTiles(dy.numel() // dy.shape[-1], dy.shape[-1], settings.group_size)
+    dx = torch.empty_like(dy) if wanted.x else dy.new_empty(0)
+    dgain, dshift = (dy.new_zeros((wanted.segments, tiles.row) if need else 0, dtype=torch.float32) for need in (wanted.gain, wanted.shift))
+    outputs = [dx if wanted.x else None, dgain if wanted.gain else None, dshift if wanted.shift else None]
+    passes = [outputs]
+    if tiles.tile > _FUSED_TILE and (wanted.gain or wanted.shift):
+        passes = [[out if i == k else None for i, out in enumerate(outputs)] for k in range(3)]
+    for each in passes:
+        if dy.numel() and any(out is not None for out in each):
+            _launch_backward(dy, (codes, scale, rstd), kernel_factor(gain), each, settings, wanted.segments)
+    return dx, dgain, dshift

@@ -14,6 +14,7 @@ from ...formats.triton_launch import device_guard, instruction_set, tl_dtype
 from ...formats.triton_params import to_dtype, to_float32
 from ..row_values import kernel_factor
 from ..triton_rows import add_blocks, blocks_of
+from .factors import HeadFactors
 
 #: Heads of a tile at most, and elements a thread holds of each of its tensors.
 _HEADS, _PER_THREAD = 8, 16
@@ -70,6 +71,13 @@ def _load_shared(ptr, index, row, HALF: tl.constexpr, INTERLEAVED: tl.constexpr,
 
 
 @triton.jit
+def _load_rotation(cos_ptr, sin_ptr, index, row, HALF: tl.constexpr, INTERLEAVED: tl.constexpr, WHOLE: tl.constexpr):
+    cos_a, cos_b = _load_shared(cos_ptr, index, row, HALF, INTERLEAVED, WHOLE)
+    sin_a, sin_b = _load_shared(sin_ptr, index, row, HALF, INTERLEAVED, WHOLE)
+    return cos_a, cos_b, sin_a, sin_b
+
+
+@triton.jit
 def _load_weight(weight_ptr, first_weight_ptr, is_first, row, HALF: tl.constexpr, INTERLEAVED: tl.constexpr, WHOLE: tl.constexpr):
     a, b = _load_shared(weight_ptr, 0, row, HALF, INTERLEAVED, WHOLE)
     if first_weight_ptr is not None:
@@ -113,8 +121,7 @@ def norm_rope_kernel(
     a = a * rstd[:, None] * weight_a
     b = b * rstd[:, None] * weight_b
     if cos_ptr is not None:
-        cos_a, cos_b = _load_shared(cos_ptr, token % table_tokens, row, HALF, INTERLEAVED, WHOLE)
-        sin_a, sin_b = _load_shared(sin_ptr, token % table_tokens, row, HALF, INTERLEAVED, WHOLE)
+        cos_a, cos_b, sin_a, sin_b = _load_rotation(cos_ptr, sin_ptr, token % table_tokens, row, HALF, INTERLEAVED, WHOLE)
         a, b = a * cos_a - b * sin_a, b * cos_b + a * sin_b
     _store_pairs(y_ptr, a, b, first, first_mask, second, second_mask, INTERLEAVED, DTYPE, ISA)
 
@@ -148,8 +155,7 @@ def _backward_token(
     grad_a, grad_b = _load_pairs(dy_ptr, first, first_mask, second, second_mask, HEADS, HALF, INTERLEAVED)
     norm_a, norm_b = _load_pairs(y_ptr, first, first_mask, second, second_mask, HEADS, HALF, INTERLEAVED)
     if cos_ptr is not None:
-        cos_a, cos_b = _load_shared(cos_ptr, token % table_tokens, row, HALF, INTERLEAVED, WHOLE)
-        sin_a, sin_b = _load_shared(sin_ptr, token % table_tokens, row, HALF, INTERLEAVED, WHOLE)
+        cos_a, cos_b, sin_a, sin_b = _load_rotation(cos_ptr, sin_ptr, token % table_tokens, row, HALF, INTERLEAVED, WHOLE)
         determinant = cos_a * cos_b + sin_a * sin_b
         inverse = 1.0 / tl.where(determinant == 0.0, 1.0, determinant)  # 0 outside of the row
         norm_a, norm_b = (cos_b * norm_a + sin_a * norm_b) * inverse, (cos_a * norm_b - sin_b * norm_a) * inverse
@@ -246,35 +252,26 @@ def geometry(heads: int, row: int, rotates: bool, interleaved: bool) -> tuple[in
     return triton.cdiv(heads, in_tile), constants, max(in_tile * 2 * half // (32 * _PER_THREAD), 1)
 
 
-def norm_rope(
-    x: Tensor,
-    weight: Tensor,
-    first_weight: Tensor | None,
-    cos: Tensor | None,
-    sin: Tensor | None,
-    *,
-    first_tokens: int,
-    eps: float,
-    interleaved: bool,
-) -> tuple[Tensor, Tensor]:
+def norm_rope(x: Tensor, factors: HeadFactors, eps: float) -> tuple[Tensor, Tensor]:
+    factors = factors.each(kernel_factor)
     batches, tokens, heads, row = x.shape
     y, rstd = torch.empty_like(x), torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device)
     if x.numel():
-        parts, constants, num_warps = geometry(heads, row, cos is not None, interleaved)
+        parts, constants, num_warps = geometry(heads, row, factors.cos is not None, factors.interleaved)
         with device_guard(x):
             norm_rope_kernel[(batches * tokens, parts)](
                 x,
-                kernel_factor(weight),
-                kernel_factor(first_weight),
-                kernel_factor(cos),
-                kernel_factor(sin),
+                factors.weight,
+                factors.first_weight,
+                factors.cos,
+                factors.sin,
                 y,
                 rstd,
                 heads,
                 row,
                 tokens,
-                first_tokens,
-                1 if cos is None else cos.numel() // row,
+                factors.first_tokens,
+                factors.table_tokens,
                 eps,
                 **constants,
                 DTYPE=tl_dtype(x.dtype),
@@ -285,24 +282,14 @@ def norm_rope(
 
 
 def norm_rope_backward(
-    dy: Tensor,
-    y: Tensor,
-    rstd: Tensor,
-    weight: Tensor,
-    first_weight: Tensor | None,
-    cos: Tensor | None,
-    sin: Tensor | None,
-    *,
-    first_tokens: int,
-    interleaved: bool,
-    need_weight: bool,
-    need_x: bool,
+    dy: Tensor, y: Tensor, rstd: Tensor, factors: HeadFactors, *, need_weight: bool, need_x: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
+    factors = factors.each(kernel_factor)
     batches, tokens, heads, row = y.shape
     dx = torch.empty_like(dy) if need_x else dy.new_empty(0)
-    sums = dy.new_zeros((2 if first_weight is not None else 1, row) if need_weight else (2, 0), dtype=torch.float32)
+    sums = dy.new_zeros((2 if factors.first_weight is not None else 1, row) if need_weight else (2, 0), dtype=torch.float32)
     if dy.numel() and (need_x or need_weight):
-        parts, constants, num_warps = geometry(heads, row, cos is not None, interleaved)
+        parts, constants, num_warps = geometry(heads, row, factors.cos is not None, factors.interleaved)
         blocks, block_tokens = blocks_of(batches * tokens, parts, 1) if need_weight else (batches * tokens, 1)
         partial = dy.new_empty((sums.shape[0], blocks * parts, row), dtype=torch.float32) if need_weight else None
         with device_guard(dy):
@@ -310,10 +297,10 @@ def norm_rope_backward(
                 dy,
                 y,
                 rstd,
-                kernel_factor(weight),
-                kernel_factor(first_weight),
-                kernel_factor(cos),
-                kernel_factor(sin),
+                factors.weight,
+                factors.first_weight,
+                factors.cos,
+                factors.sin,
                 dx if need_x else None,
                 partial,
                 batches * tokens,
@@ -321,8 +308,8 @@ def norm_rope_backward(
                 heads,
                 row,
                 tokens,
-                first_tokens,
-                1 if cos is None else cos.numel() // row,
+                factors.first_tokens,
+                factors.table_tokens,
                 **constants,
                 DTYPE=tl_dtype(dy.dtype),
                 ISA=instruction_set(dy),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -16,8 +17,10 @@ from coat_kernels.ops.gated_residual import triton as gated
 from coat_kernels.ops.gated_residual.settings import ResidualSettings
 from coat_kernels.ops.norm import reference
 from coat_kernels.ops.norm import triton as kernel
+from coat_kernels.ops.norm.settings import NormGradients, NormSettings
 from coat_kernels.ops.norm_rope import reference as rope_reference
 from coat_kernels.ops.norm_rope import triton as rope
+from coat_kernels.ops.norm_rope.factors import HeadFactors
 from tests.rounding import U32, stored
 
 #: Row, group size: a group and less, whole groups, a tail, several rows a tile or one, a row of several groups.
@@ -53,40 +56,24 @@ def test_norm(row: int, group_size: int, kind: str) -> None:
     center, plus_one, gains, shifts = KINDS[kind]
     for dtype, fmt in ((torch.float32, "auto"), (torch.bfloat16, "e4m3")):
         x, gain, shift = operands(row, kind, dtype)
-        settings: dict[str, Any] = {
-            "center": center,
-            "plus_one": plus_one,
-            "eps": 1e-6,
-            "group_size": group_size,
-            "amax": True,
-            "save": True,
-        }
-        y, codes, scale, rstd, y_amax = kernel.norm(x, gain, shift, fmt=fmt, **settings)
-        want = reference.norm(x, gain, shift, fmt=fmt, **settings)
+        settings = NormSettings(plus_one, fmt, group_size, center)
+        passes: dict[str, Any] = {"eps": 1e-6, "amax": True, "save": True}
+        y, codes, scale, rstd, y_amax = kernel.norm(x, gain, shift, settings, **passes)
+        want = reference.norm(x, gain, shift, settings, **passes)
         assert close(y, want[0]) and close(rstd, want[3])
-        xhat = kernel.norm(x.float(), gain, shift, fmt="none", **settings)[1]
+        xhat = kernel.norm(x.float(), gain, shift, replace(settings, fmt="none"), **passes)[1]
         assert all(torch.equal(a, b) for a, b in zip((codes, scale), encode(xhat, fmt, group_size), strict=True))
         padded = torch.nn.functional.pad(y.float().abs(), (0, -row % group_size))
         assert torch.equal(y_amax, padded.unflatten(-1, (-1, group_size)).amax(-1))
-        bare = kernel.norm(x, gain, shift, fmt=fmt, **{**settings, "amax": False, "save": False})
+        bare = kernel.norm(x, gain, shift, settings, eps=1e-6, amax=False, save=False)
         assert torch.equal(bare[0], y) and not any(t.numel() for t in bare[1:])
-        again = {"plus_one": plus_one, "fmt": fmt, "group_size": group_size, "dtype": dtype}
-        assert close(
-            kernel.norm_from_codes(codes, scale, gain, shift, **again), reference.norm_from_codes(codes, scale, gain, shift, **again)
-        )
+        again = (codes, scale, gain, shift, settings, dtype)
+        assert close(kernel.norm_from_codes(*again), reference.norm_from_codes(*again))
         dy = draw(6, row, seed=3, dtype=dtype)
-        back: dict[str, Any] = {
-            "center": center,
-            "plus_one": plus_one,
-            "fmt": fmt,
-            "group_size": group_size,
-            "segments": max(gains, shifts, 1),
-        }
         needs_of = ((bool(gains), bool(shifts), True), (False, False, True), (False, bool(shifts), False))
         for needs in needs_of[: 1 if fmt == "auto" else 3]:
-            need = dict(zip(("need_gain", "need_shift", "need_x"), needs, strict=True))
-            got = kernel.norm_backward(dy, codes, scale, rstd, gain, **back, **need)
-            wanted = reference.norm_backward(dy, codes, scale, rstd, gain, **back, **need)
+            back = (dy, codes, scale, rstd, gain, settings, NormGradients(max(gains, shifts, 1), *needs))
+            got, wanted = kernel.norm_backward(*back), reference.norm_backward(*back)
             assert all(close(a, b) for a, b in zip(got, wanted, strict=True))
 
 
@@ -94,17 +81,16 @@ def test_norm_of_many_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks of several tiles in each of two segments, the last one short."""
     monkeypatch.setattr(triton_rows, "BLOCKS", 6)
     x, gain, shift = operands(100, "modulate", rows=2 * 37)
-    settings: dict[str, Any] = {"center": True, "plus_one": True, "fmt": "int8", "group_size": 64}
-    _, codes, scale, rstd, _ = reference.norm(x, gain, shift, **settings, eps=1e-6, amax=False, save=True)
-    need = {"segments": 2, "need_gain": True, "need_shift": True, "need_x": True}
-    got = kernel.norm_backward(x, codes, scale, rstd, gain, **settings, **need)
-    want = reference.norm_backward(x, codes, scale, rstd, gain, **settings, **need)
+    settings = NormSettings(plus_one=True, fmt="int8", group_size=64, center=True)
+    _, codes, scale, rstd, _ = reference.norm(x, gain, shift, settings, eps=1e-6, amax=False, save=True)
+    back = (x, codes, scale, rstd, gain, settings, NormGradients(2, gain=True, shift=True, x=True))
+    got, want = kernel.norm_backward(*back), reference.norm_backward(*back)
     assert all(close(a, b, 256) for a, b in zip(got, want, strict=True))
 
 
 def test_rows_beyond_a_program_are_refused() -> None:
     with pytest.raises(ValueError, match="rows of at most 16384 elements are normalized, got 16385"):
-        kernel.norm_from_codes(*[torch.ones(1, 16385)] * 2, None, None, plus_one=False, fmt="none", group_size=128, dtype=torch.float32)
+        kernel.norm_from_codes(*[torch.ones(1, 16385)] * 2, None, None, NormSettings(False, "none", 128), torch.float32)
 
 
 @pytest.mark.parametrize(
@@ -122,15 +108,14 @@ def test_norm_rope(head_dim: int, heads: int, interleaved: bool, rotated: bool, 
             angle = draw(3, head_dim // 2, seed=3)
             angle = angle.repeat_interleave(2, -1) if interleaved else torch.cat((angle, angle), -1)
             cos, sin = 1.1 * angle.cos(), 1.1 * angle.sin()
-        given: Any = weight, first_weight, cos, sin
-        common: dict[str, Any] = {"first_tokens": first_tokens, "interleaved": interleaved}
-        y, rstd = rope.norm_rope(x, *given, **common, eps=1e-6)
-        want_y, want_rstd = rope_reference.norm_rope(x, *given, **common, eps=1e-6)
+        factors = HeadFactors(weight, first_weight, first_tokens, cos, sin, interleaved)
+        y, rstd = rope.norm_rope(x, factors, 1e-6)
+        want_y, want_rstd = rope_reference.norm_rope(x, factors, 1e-6)
         assert close(y, want_y) and close(rstd, want_rstd)
         for need_weight, need_x in ((True, True), (False, True), (True, False))[: 1 if first_tokens else 3]:
             need = {"need_weight": need_weight, "need_x": need_x}
-            got = rope.norm_rope_backward(dy, y, rstd, *given, **common, **need)
-            wanted = rope_reference.norm_rope_backward(dy, y, rstd, *given, **common, **need)
+            got = rope.norm_rope_backward(dy, y, rstd, factors, **need)
+            wanted = rope_reference.norm_rope_backward(dy, y, rstd, factors, **need)
             assert all(close(a, b, 512) for a, b in zip(got, wanted, strict=True))
 
 
@@ -158,14 +143,6 @@ def test_what_is_not_finite_stays_where_it_is() -> None:
     _, codes, scale = gated.gated_residual(x, x, torch.ones(1, 200), ResidualSettings("e4m3", 64), save=True)
     bad = decode(codes, scale, "e4m3", 64).isnan()
     assert bad.sum() == 2 and bad[1, 150] and bad[2, 3]
-    settings: dict[str, Any] = {
-        "center": True,
-        "plus_one": False,
-        "eps": 1e-6,
-        "fmt": "e4m3",
-        "group_size": 64,
-        "amax": False,
-        "save": True,
-    }
-    y = kernel.norm(x, None, None, **settings)[0]
+    settings = NormSettings(plus_one=False, fmt="e4m3", group_size=64, center=True)
+    y = kernel.norm(x, None, None, settings, eps=1e-6, amax=False, save=True)[0]
     assert y[1:3].isnan().all() and y[0::3].isfinite().all()
