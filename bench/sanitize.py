@@ -46,6 +46,21 @@ def activations() -> None:
             torch.ops.coat_kernels.transpose_codes(q.codes)
 
 
+def functions() -> None:
+    """Activation functions, plain and gated: halves of one tensor at an odd offset, the maxima of the output, and the codes read back."""
+    ops = torch.ops.coat_kernels
+    for dtype, width, fmt in itertools.product((torch.float32, torch.bfloat16), (1, 384, 1001), ("e4m3", "auto")):
+        packed = torch.rand(5 * 2 * width + 1, device="cuda", dtype=dtype)[1:].view(5, 2 * width)
+        gate, up = packed.chunk(2, dim=-1)
+        for kind in ("gelu_tanh", "gelu", "silu"):
+            y, codes, scale, _ = ops.activation(gate.contiguous(), kind, fmt, 128, True)
+            ops.activation_from_codes(codes, scale, kind, fmt, 128, dtype)
+            ops.activation_backward(y, codes, scale, kind, fmt, 128)
+            y, *saved, _ = ops.gated_activation(gate, up, kind, fmt, 128, True)
+            ops.gated_activation_from_codes(*saved, kind, fmt, 128, dtype)
+            ops.gated_activation_backward(y, *saved, kind, fmt, 128, False)
+
+
 def norms() -> None:
     for dtype, (group_size, fmt), (rows, row) in itertools.product(
         (torch.float32, torch.bfloat16),
@@ -92,6 +107,7 @@ def main() -> None:
     os.environ["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"
     quantizers()
     activations()
+    functions()
     norms()
     steps()
     torch.cuda.synchronize()

@@ -57,30 +57,19 @@ _PACK = "prmt.b32 s0, s0, s1, 0x0040; prmt.b32 s2, s2, s3, 0x0040; prmt.b32 s0, 
 _SATURATE = "max.f32 p, p, 0fC2FE0000; min.f32 p, p, 0f42FE0000; fma.rn.f32 p, IN, 0f00000000, p;"
 
 
-def _pack_int8(first: int, saturate: str = "") -> str:
-    """Four products, rounded, to four bytes in s0; the maximum turns NaN into -128. `first` is the number of the first operand."""
+def _pack_int8(saturate: str = "") -> str:
+    """Four products, rounded, to four bytes; the maximum turns NaN into -128."""
     rounded = "".join(
-        f"mul.rn.f32 p, IN, ${first + 4 + i}; {saturate} add.rn.f32 p, p, 0f4B400000; max.f32 p, p, 0f4B3FFF80; mov.b32 s{i}, p;".replace(
-            "IN", f"${first + i}"
+        f"mul.rn.f32 p, IN, ${5 + i}; {saturate} add.rn.f32 p, p, 0f4B400000; max.f32 p, p, 0f4B3FFF80; mov.b32 s{i}, p;".replace(
+            "IN", f"${1 + i}"
         )
         for i in _NUMBERS
     )
-    return "{ .reg .f32 p; .reg .b32 s0, s1, s2, s3;" + rounded + _PACK
+    return "{ .reg .f32 p; .reg .b32 s0, s1, s2, s3;" + rounded + _PACK + "mov.b32 $0, s0; }"
 
 
-PACK_INT8 = tl.constexpr(_pack_int8(1) + "mov.b32 $0, s0; }")
-PACK_INT8_SATURATED = tl.constexpr(_pack_int8(1, _SATURATE) + "mov.b32 $0, s0; }")
-# The squares' sum stands beside the first of four codes, zeros beside the others. A byte of -128 counts 0: as above, its sign goes.
-PACK_INT8_SQUARES = tl.constexpr(
-    _pack_int8(5)
-    + """mov.b32 $0, s0;
-    and.b32 s1, s0, 0x7F7F7F7F;
-    add.u32 s1, s1, 0x7F7F7F7F;
-    or.b32 s1, s1, 0x7F7F7F7F;
-    and.b32 s1, s0, s1;
-    dp4a.s32.s32 $1, s1, s1, 0;
-    mov.b32 $2, 0; mov.b32 $3, 0; mov.b32 $4, 0; }"""
-)
+PACK_INT8 = tl.constexpr(_pack_int8())
+PACK_INT8_SATURATED = tl.constexpr(_pack_int8(_SATURATE))
 
 # Four codes to four numbers and their products with four scales. Float16 holds every FP8 value.
 _SCALE = "".join(f"cvt.f32.f16 f, h{i}; mul.rn.f32 ${i}, f, ${5 + i};" for i in range(4))
@@ -159,39 +148,14 @@ def codes_under(marked, amax, FMT: tl.constexpr, SATURATE: tl.constexpr, ISA: tl
 
 @triton.jit
 def _int8_and_squares(marked, amax, ISA: tl.constexpr):
-    """int8 codes, and the sum of their squares as int32 [R]; NaN counts 0."""
-    if ISA == PORTABLE:
-        codes = codes_under(marked, amax, INT8, False, ISA)
-        numbers = (codes.to(tl.int32) ^ 0x80) - 0x80
-        return codes, tl.sum(tl.where(codes == _INT8_NAN, 0, numbers * numbers), axis=1)
-    else:
-        factors = tl.broadcast_to(_inverse_scale(amax, INT8), marked.shape)
-        codes, squares = tl.inline_asm_elementwise(
-            PACK_INT8_SQUARES,
-            "=&r,=&r,=&r,=&r,=&r,f,f,f,f,f,f,f,f",
-            [marked, factors],
-            dtype=(tl.uint8, tl.int32),
-            is_pure=True,
-            pack=4,
-        )
-        return codes, tl.sum(squares, axis=1)
+    """int8 codes, and the sum of their squares as int32 [R]; NaN counts 0.
 
-
-@triton.jit
-def _choose(takes_int8, numbers, floats, ISA: tl.constexpr):
-    """Codes of either format by group: four bytes an instruction."""
-    if ISA == PORTABLE:
-        return tl.where(takes_int8[:, None], numbers, floats)
-    else:
-        mask = tl.broadcast_to(tl.where(takes_int8, -1, 0)[:, None], numbers.shape)
-        return tl.inline_asm_elementwise(
-            "{ .reg .b32 a, b; and.b32 a, $1, $3; not.b32 b, $3; and.b32 b, b, $2; or.b32 $0, a, b; }",
-            "=r,r,r,r,r,r,r",
-            [numbers, floats, mask],
-            dtype=tl.uint8,
-            is_pure=True,
-            pack=4,
-        )
+    No dp4a over packed codes: which four elements an instruction of inline assembly gets depends on the layout, and in rows of odd length
+    they are of four groups.
+    """
+    codes = codes_under(marked, amax, INT8, False, ISA)
+    numbers = (codes.to(tl.int32) ^ 0x80) - 0x80
+    return codes, tl.sum(tl.where(codes == _INT8_NAN, 0, numbers * numbers), axis=1)
 
 
 @triton.jit
@@ -205,7 +169,7 @@ def encode_scaled(x, count, FMT: tl.constexpr, ISA: tl.constexpr):
     if FMT == AUTO:
         numbers, squares = _int8_and_squares(marked, amax, ISA)
         takes_int8 = _SQUARES * squares > _BASE + _ELEMENT * count
-        codes = _choose(takes_int8, numbers, codes_under(marked, amax, E4M3, False, ISA), ISA)
+        codes = tl.where(takes_int8[:, None], numbers, codes_under(marked, amax, E4M3, False, ISA))
         return codes, tl.where(takes_int8, -scale_under(amax, INT8), scale_under(amax, E4M3))
     else:
         return codes_under(marked, amax, FMT, False, ISA), scale_under(amax, FMT)

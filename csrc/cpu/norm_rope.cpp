@@ -104,7 +104,8 @@ COAT_SIMD_INLINE void store_head(const float* x, const NormRopeShape& shape, int
 
 void invert(const Rotation& m, int64_t half, const Rotation& out) {
   for (int64_t i = 0; i < half; ++i) {
-    const float inverse = 1.0f / (m.aa[i] * m.bb[i] - m.ab[i] * m.ba[i]);
+    const float determinant = m.aa[i] * m.bb[i] - m.ab[i] * m.ba[i];
+    const float inverse = determinant == 0.0f ? 0.0f : 1.0f / determinant;  // tables of zeros: padding, which has no gradient
     out.aa[i] = m.bb[i] * inverse;
     out.ab[i] = -m.ab[i] * inverse;
     out.ba[i] = -m.ba[i] * inverse;

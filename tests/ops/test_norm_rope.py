@@ -140,6 +140,15 @@ def test_shapes(shape: tuple[int, ...], machine: torch.device) -> None:
         assert not dweight.any()
 
 
+def test_tokens_whose_tables_are_zero_get_no_gradient_and_spoil_none(machine: torch.device) -> None:
+    case = Case("flux", torch.float32, machine)
+    case.cos[4], case.sin[4] = 0, 0  # padding
+    y, rstd = case.run()
+    dx, dweight, dfirst = case.backward(y, rstd)
+    assert torch.equal(dx[:, 4], torch.zeros_like(dx[:, 4]))
+    assert all(gradient.isfinite().all() for gradient in (dx, dweight, dfirst))
+
+
 def test_opcheck(device: torch.device) -> None:
     case = Case("flux", torch.float32, device)
     forward = (case.x, case.weight, case.first_weight, 3, case.cos, case.sin, EPS, True)

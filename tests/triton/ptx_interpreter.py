@@ -75,10 +75,6 @@ def _prmt(a: np.ndarray, b: np.ndarray, selector: np.ndarray) -> np.ndarray:
     return out
 
 
-def _signed_byte(word: np.ndarray, i: int) -> np.ndarray:
-    return (word >> U32(8 * i)).astype(np.uint8).view(np.int8).astype(np.int32)
-
-
 _INTEGER = {
     "and": lambda a, b: a & b,
     "or": lambda a, b: a | b,
@@ -89,7 +85,6 @@ _INTEGER = {
     "sub": lambda a, b: a - b,
     "mad": lambda a, b, c: a * b + c,
     "prmt": _prmt,
-    "dp4a": lambda a, b, c: c + sum(_signed_byte(a, i) * _signed_byte(b, i) for i in range(4)).astype(U32),
 }
 _FLOATING = {
     "add": lambda a, b: a + b,

@@ -21,7 +21,7 @@ TYPES = {"codes_ptr": "*u8", "row": "i64:16", "groups": "i32", "tiles": "i32"}
 
 def case(name: str, fmt: str, dtype: str, **constants: Any) -> Case:
     shape = {"G": 128, "R": 16, "WHOLE": True, "FMT": FORMAT_INDEX[fmt], **constants}
-    return Case(getattr(kernel, f"{name}_kernel"), kernel._NUM_WARPS, shape, {**TYPES, "x_ptr": dtype, "out_ptr": dtype})
+    return Case(getattr(kernel, f"{name}_kernel"), kernel._NUM_WARPS, shape, {**TYPES, **({} if shape["WHOLE"] else {"row": "i64"}), "x_ptr": dtype, "out_ptr": dtype})
 
 
 def quantize(fmt: str, dtype: str = "*bf16", **constants: Any) -> Case:

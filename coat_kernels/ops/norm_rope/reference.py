@@ -59,8 +59,9 @@ def norm_rope_backward(
     if tables is not None:
         cos_a, cos_b, sin_a, sin_b = tables
         determinant = cos_a * cos_b + sin_a * sin_b
+        inverse = torch.where(determinant == 0, 0, 1 / determinant)  # tables of zeros: padding, which has no gradient
         a, b = _halves(normed, factors.interleaved)
-        normed = _join((cos_b * a + sin_a * b) / determinant, (cos_a * b - sin_b * a) / determinant, factors.interleaved)
+        normed = _join((cos_b * a + sin_a * b) * inverse, (cos_a * b - sin_b * a) * inverse, factors.interleaved)
         a, b = _halves(grad, factors.interleaved)
         grad = _join(cos_a * a + sin_b * b, cos_b * b - sin_a * a, factors.interleaved)
     weights = _weights(factors, y.shape[1], wide)

@@ -157,7 +157,8 @@ def _backward_token(
     if cos_ptr is not None:
         cos_a, cos_b, sin_a, sin_b = _load_rotation(cos_ptr, sin_ptr, token % table_tokens, row, HALF, INTERLEAVED, WHOLE)
         determinant = cos_a * cos_b + sin_a * sin_b
-        inverse = 1.0 / tl.where(determinant == 0.0, 1.0, determinant)  # 0 outside of the row
+        # 0 outside of the row, and in padding whose tables are zeros: no gradient flows there
+        inverse = tl.where(determinant == 0.0, 0.0, 1.0 / determinant)
         norm_a, norm_b = (cos_b * norm_a + sin_a * norm_b) * inverse, (cos_a * norm_b - sin_b * norm_a) * inverse
         grad_a, grad_b = cos_a * grad_a + sin_b * grad_b, cos_b * grad_b - sin_a * grad_a
     weight_a, weight_b = _load_weight(weight_ptr, first_weight_ptr, is_first, row, HALF, INTERLEAVED, WHOLE)
