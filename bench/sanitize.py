@@ -12,6 +12,7 @@ from collections.abc import Callable
 import torch
 
 import coat_kernels
+import coat_kernels.autograd.activation  # registers the ops
 from coat_kernels.autograd.gated_residual import gated_residual
 from coat_kernels.autograd.norm import layer_norm_modulate, rms_norm
 from coat_kernels.autograd.norm_rope import norm_rope

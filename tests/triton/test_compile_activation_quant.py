@@ -21,7 +21,8 @@ TYPES = {"codes_ptr": "*u8", "row": "i64:16", "groups": "i32", "tiles": "i32"}
 
 def case(name: str, fmt: str, dtype: str, **constants: Any) -> Case:
     shape = {"G": 128, "R": 16, "WHOLE": True, "FMT": FORMAT_INDEX[fmt], **constants}
-    return Case(getattr(kernel, f"{name}_kernel"), kernel._NUM_WARPS, shape, {**TYPES, **({} if shape["WHOLE"] else {"row": "i64"}), "x_ptr": dtype, "out_ptr": dtype})
+    row = {} if shape["WHOLE"] else {"row": "i64"}  # tails may be of any length
+    return Case(getattr(kernel, f"{name}_kernel"), kernel._NUM_WARPS, shape, {**TYPES, **row, "x_ptr": dtype, "out_ptr": dtype})
 
 
 def quantize(fmt: str, dtype: str = "*bf16", **constants: Any) -> Case:

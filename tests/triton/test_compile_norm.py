@@ -30,7 +30,8 @@ def case(kernel: Any, num_warps: int, constants: dict[str, Any], absent: tuple[s
     """`row` is specialized as a launch does: what is no multiple of 16 gives the compiler no alignment."""
     dtype = tl.bfloat16 if dtypes is BF16 else tl.float32
     missing = {name: None for name in absent}
-    return Case(kernel, num_warps, {"DTYPE": dtype, **constants, **missing}, {**SIZES, **dtypes, "row": "i32:16" if row % 16 == 0 else "i32"})
+    aligned = "i32:16" if row % 16 == 0 else "i32"
+    return Case(kernel, num_warps, {"DTYPE": dtype, **constants, **missing}, {**SIZES, **dtypes, "row": aligned})
 
 
 def norm_case(
