@@ -37,6 +37,8 @@ def _eager_decode(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
 def compiled(function: Callable) -> Callable:
     """`function` through Inductor, for the one shape at hand: past a limit of shapes Dynamo would give up and run it eagerly."""
     torch._dynamo.reset()
+    # a backward pass that is timed again and again walks its graph more than once
+    torch._functorch.config.donated_buffer = False
     return torch.compile(function, dynamic=False)
 
 
