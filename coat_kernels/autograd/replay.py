@@ -83,10 +83,9 @@ class Watch(TorchFunctionMode):
         if not out.requires_grad or not is_plain(out) or self.context.known(out) is not None:
             return
         operands = [operand for operand in _flat((args, kwargs)) if isinstance(operand, Tensor)]
-        if any(self._is_parameter(operand) and _share_storage(operand, out) for operand in operands):
-            self.context.mark(out, "parameter")  # `weight.type_as(x)` of the same dtype, and views
-            return
-        if all(self._is_parameter(operand) for operand in operands):
+        parameters = [operand for operand in operands if self._is_parameter(operand)]
+        # one that shares its storage: `weight.type_as(x)` of the same dtype, and views
+        if len(parameters) == len(operands) or any(_share_storage(parameter, out) for parameter in parameters):
             self.context.mark(out, "parameter")
             return
         self.context.mark(out, "activation")

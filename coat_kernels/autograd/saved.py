@@ -216,9 +216,13 @@ class compress_saved_activations:  # a context manager, named as torch names its
             found = self.mark(tensor, "activation")
             found.version, found.rebuild = tensor._version, rebuild
 
-    def rebuilds(self, tensor: Tensor) -> bool:
+    def rebuild_of(self, tensor: Tensor) -> Callable[[], Tensor] | None:
+        """What returns the values of the tensor's storage, if they can be rebuilt."""
         found = self.known(tensor)
-        return found is not None and found.rebuild is not None and found.version == tensor._version
+        return found.rebuild if found is not None and found.version == tensor._version else None
+
+    def rebuilds(self, tensor: Tensor) -> bool:
+        return self.rebuild_of(tensor) is not None
 
     @contextmanager
     def expect_attention(self, shape: torch.Size) -> Iterator[None]:
@@ -249,9 +253,9 @@ class compress_saved_activations:  # a context manager, named as torch names its
         """What stands for the tensor until the backward pass; calling it gives the tensor."""
         if not is_plain(tensor) or tensor.dtype not in PACKABLE or not tensor.numel():
             return Kept(tensor)
+        if (rebuild := self.rebuild_of(tensor)) is not None:
+            return View.of(tensor, rebuild)
         found = self.known(tensor)
-        if found is not None and found.rebuild is not None and found.version == tensor._version:
-            return View.of(tensor, found.rebuild)
         if found is None and self._attention_shapes and tensor.shape == self._attention_shapes[-1]:
             found = self.mark(tensor, "attention")
         if found is None and tensor.grad_fn is not None and tensor.numel() >= MIN_NUMEL:

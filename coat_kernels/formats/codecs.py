@@ -150,9 +150,9 @@ def codec_name(fmt: str, expand: bool) -> str:
     return f"{fmt}_expand" if expand and fmt not in _UNEXPANDED else fmt
 
 
-def check_group_size(group_size: int) -> int:
-    if group_size not in GROUP_SIZES:
-        raise ValueError(f"group size {group_size!r} is not offered; choose one of {', '.join(map(str, GROUP_SIZES))}")
+def check_group_size(group_size: int, offered: Sequence[int] = GROUP_SIZES) -> int:
+    if group_size not in offered:
+        raise ValueError(f"group size {group_size!r} is not offered; choose one of {', '.join(map(str, offered))}")
     return group_size
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .codecs import CODECS, num_groups
+from .codecs import CODECS, check_group_size, num_groups
 from .reference import code_values, round_to_code
 
 #: What kernels know a format by. "none" is no compression and belongs to the ops that offer it.
@@ -45,9 +45,7 @@ def check_single_format(fmt: str) -> str:
 
 
 def check_group(group_size: int) -> int:
-    if group_size not in ROW_GROUP_SIZES:
-        raise ValueError(f"group size {group_size!r} is not offered; choose one of {', '.join(map(str, ROW_GROUP_SIZES))}")
-    return group_size
+    return check_group_size(group_size, ROW_GROUP_SIZES)
 
 
 def num_row_groups(row: int, group_size: int) -> int:
